@@ -1,0 +1,130 @@
+"""TRL's colocated generation as one cycle (1.10 and later).
+
+``VLLMGeneration`` (generation/vllm_generation.py) serves GRPO, RLOO and others: ``_init_vllm`` builds the engine and,
+under ``enable_sleep_mode``, calls ``llm.sleep(level=2)``; ``sync_weights`` pushes every parameter through
+``load_weights``; ``generate`` re-pushes after a level-2 sleep (``_llm_weights_sleeping``, trl#5142), wakes, generates
+and sleeps again. With shared weights the push becomes nothing, and TRL's sleep mode becomes KV standby: the flag
+``enable_sleep_mode`` is off for as long as the pair shares.
+Delete when: TRL has a hook around engine construction and generation.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from rlpatch.patching import Patch
+from rlpatch.registry import Adapter, Context
+
+if TYPE_CHECKING:
+    from rlpatch.phases import Colocation
+
+_MODULE = "trl.generation.vllm_generation"
+
+
+def _pair(generation: Any) -> Colocation | None:
+    pair = vars(generation).get("_rlpatch_pair")
+    return pair if pair is not None and pair.engine is not None else None
+
+
+def _refusal(generation: Any) -> str | None:
+    """Why this trainer cannot share its weights, or None."""
+    from accelerate.utils import is_peft_model
+
+    model, accelerator = generation.model, generation.accelerator
+    if generation.tensor_parallel_size > 1:
+        return f"vllm_tensor_parallel_size={generation.tensor_parallel_size}: each engine holds a part of every weight"
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        return f"{kind} keeps the trainer's parameters in buffers of its own"
+    if is_peft_model(model):
+        return "the model has PEFT adapters, which TRL merges into the base for each push"
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        return "the trainer's model is quantized"
+    return None
+
+
+def _init_vllm(context: Context, wrapped: Any, generation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from rlpatch import phases
+    from rlpatch.sharing.share import trainer_slots
+
+    if generation.mode != "colocate":
+        return wrapped(*args, **kwargs)
+    if not getattr(generation.model, "name_or_path", ""):
+        raise phases.missing_path()
+    names = context.providers.get("checkpoint_names")
+    pair = phases.Colocation(
+        context,
+        trainer_slots(generation.model, generation._fix_param_name_to_vllm),
+        refusal=_refusal(generation),
+        renamer=names(generation.model) if names is not None else None,
+        upstream_sleep=bool(generation.enable_sleep_mode),
+    )
+
+    def settle(pair: Colocation) -> None:
+        generation.enable_sleep_mode = pair.upstream_sleep_stays
+
+    # Off while building: TRL would put the engine to sleep at level 2 right after it is built.
+    pair.on_joined = settle
+    generation._rlpatch_pair = pair
+    generation.enable_sleep_mode = False
+    try:
+        with pair.build():
+            return wrapped(*args, **kwargs)
+    except BaseException:
+        generation.enable_sleep_mode = pair.upstream_sleep
+        del generation._rlpatch_pair
+        raise
+
+
+def _sync_weights(wrapped: Any, generation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    pair = _pair(generation)
+    if pair is None:
+        return wrapped(*args, **kwargs)
+    start = time.perf_counter()
+    try:
+        return pair.sync() if pair.shares else wrapped(*args, **kwargs)
+    finally:
+        pair.seconds["sync"] += time.perf_counter() - start
+
+
+def _generate(wrapped: Any, generation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    pair = _pair(generation)
+    if pair is None:
+        return wrapped(*args, **kwargs)
+    with pair.rollout():
+        return wrapped(*args, **kwargs)
+
+
+def _patches(context: Context) -> list[Patch]:
+    def init_vllm(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _init_vllm(context, wrapped, instance, args, kwargs)
+
+    return [
+        Patch(_MODULE, "VLLMGeneration._init_vllm", init_vllm),
+        Patch(_MODULE, "VLLMGeneration.sync_weights", _sync_weights),
+        Patch(_MODULE, "VLLMGeneration.generate", _generate),
+    ]
+
+
+def _probe() -> str | None:
+    import inspect
+
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    missing = [n for n in ("_init_vllm", "sync_weights", "generate", "_fix_param_name_to_vllm") if not hasattr(VLLMGeneration, n)]
+    if missing:
+        return f"VLLMGeneration has no {', '.join(missing)}"
+    if "_llm_weights_sleeping" not in inspect.getsource(VLLMGeneration._init_vllm):
+        return "its sleep mode is of the era that reloads the base checkpoint"
+    return None
+
+
+ADAPTER = Adapter(
+    capability="generation",
+    library="trl",
+    versions=">=1.10,<1.17",
+    module=_MODULE,
+    probe=_probe,
+    patches=_patches,
+)

@@ -1,0 +1,15 @@
+"""What platform the imported vLLM was built for."""
+
+from __future__ import annotations
+
+
+def on_cpu() -> bool:
+    """True when vLLM's current platform is the CPU backend."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def only_on_cpu() -> str | None:
+    """Relevance of adapters that concern the CPU backend alone."""
+    return None if on_cpu() else "the engine does not run on CPU"

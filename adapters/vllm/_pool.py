@@ -1,0 +1,85 @@
+"""KV memory in vLLM's cumem pool, allocation by allocation (releases before the native KV-only release)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from rlpatch.engine import Engine, synchronize
+from rlpatch.errors import StandbyError
+from rlpatch.standby import ResizedStorages
+
+logger = logging.getLogger("rlpatch")
+
+_GRANULE = 2 << 20  # torch rounds large segments up to 2 MiB
+
+
+class PoolAllocations:
+    """Unmap and map just the pool allocations that back the KV cache.
+
+    Until 0.29 everything that ``initialize_kv_cache`` allocates carries the tag ``kv_cache``: block tables, input
+    buffers and metadata too. Those siblings must stay mapped, so allocations are picked by address, never by tag; and
+    until 0.28 ``CuMemAllocator.wake_up`` maps what is mapped already, so its own ``sleep``/``wake_up`` are not used.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._mapped = self._find()
+        self._out: list[Any] = []
+
+    def _find(self) -> list[Any]:
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        allocations = CuMemAllocator.get_instance().pointer_to_data
+        spans = [(s.data_ptr(), s.nbytes()) for s in (t.untyped_storage() for t in self._engine.kv_tensors())]
+        found = []
+        for base, data in allocations.items():
+            size = data.handle[1]
+            held = sum(nbytes for start, nbytes in spans if base <= start < base + size)
+            # An allocation that KV tensors do not fill may hold something else besides.
+            if held and held > size - _GRANULE:
+                found.append(data)
+        if not found:
+            raise StandbyError(
+                f"none of the {len(allocations)} allocations in vLLM's memory pool backs the KV cache alone; was the "
+                "engine built without enable_sleep_mode, or is its KV cache under 2 MiB?"
+            )
+        return found
+
+    def free(self) -> None:
+        """Unmap, device idle."""
+        from vllm.device_allocator.cumem import unmap_and_release
+
+        synchronize(self._engine.device)
+        while self._mapped:
+            data = self._mapped.pop()
+            unmap_and_release(data.handle)
+            _mark(data, True)
+            self._out.append(data)
+
+    def back(self) -> None:
+        """Map at the same addresses; cached blocks of torch's allocator are given back to the device first."""
+        from vllm.device_allocator.cumem import create_and_map
+
+        torch.cuda.empty_cache()
+        while self._out:
+            create_and_map(self._out[-1].handle)
+            data = self._out.pop()
+            _mark(data, False)
+            self._mapped.append(data)
+
+    def resident_bytes(self) -> int:
+        """Bytes mapped for the KV cache now."""
+        return sum(data.handle[1] for data in self._mapped)
+
+
+def _mark(data: Any, asleep: bool) -> None:
+    if hasattr(data, "is_asleep"):  # the allocator's own sleep and wake_up consult it where it exists
+        data.is_asleep = asleep
+
+
+def kv_memory(engine: Engine) -> PoolAllocations | ResizedStorages:
+    """The memory side of standby for this engine's device."""
+    return ResizedStorages(engine) if engine.device.type == "cpu" else PoolAllocations(engine)

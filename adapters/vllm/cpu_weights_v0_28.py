@@ -1,0 +1,58 @@
+"""CPU backend: keep weights as they were loaded, so that a later write reaches the kernels (0.28 and later).
+
+As in 0.27 (see cpu_weights_v0_27) for linear layers. Experts moved to ``experts/cpu_moe.py``:
+``CPUUnquantizedExperts.process_weights_after_loading`` pads and prepacks ``w13_weight`` and ``w2_weight``, and ``apply``
+hands them to the module's ``cpu_fused_moe``. Here nothing is packed and that function computes in plain torch. In 0.28
+it returns its result; from 0.31 on it writes to ``out``, its first argument.
+Delete when: vLLM's CPU backend can be told not to prepack.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlpatch.adapters.vllm._cpu_linear import UNPACKED_LINEAR
+from rlpatch.adapters.vllm._platform import only_on_cpu
+from rlpatch.patching import Patch
+from rlpatch.registry import Adapter, Context
+
+_EXPERTS = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
+
+
+def _fused(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    import inspect
+
+    from rlpatch.adapters.vllm._plain_experts import plain_experts
+
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    out = call.pop("out", None)
+    result = plain_experts(*call.values())
+    if out is None:
+        return result
+    out.copy_(result)
+    return None
+
+
+def _patches(context: Context) -> list[Patch]:
+    return [
+        UNPACKED_LINEAR,
+        Patch(_EXPERTS, "CPUUnquantizedExperts.process_weights_after_loading", lambda wrapped, instance, args, kwargs: None),
+        Patch(_EXPERTS, "cpu_fused_moe", _fused),
+    ]
+
+
+def _probe() -> str | None:
+    import importlib.util
+
+    return None if importlib.util.find_spec(_EXPERTS) else f"{_EXPERTS} is missing"
+
+
+ADAPTER = Adapter(
+    capability="cpu_weights",
+    library="vllm",
+    versions=">=0.28,<0.33",
+    module="vllm.entrypoints.llm",
+    probe=_probe,
+    relevant=only_on_cpu,
+    patches=_patches,
+)

@@ -1,0 +1,46 @@
+"""The engine's constructor: give it what a shared, standby-capable engine needs, and tell the pair when it is complete.
+
+TRL passes no extra keyword arguments to ``vllm.LLM``, so the constructor itself is wrapped; it acts only while a pair is
+being built (`rlpatch.phases.building`), other engines in the process are left alone.
+``LLM.__init__(model, *, …, **kwargs)`` hands unknown keywords to ``EngineArgs`` (``load_format``, ``enable_sleep_mode``,
+``moe_backend``), the same in every release read from 0.9.2 to 0.33.0.
+Delete when: TRL lets a script pass engine arguments, or vLLM has a plugin point for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlpatch.patching import Patch
+from rlpatch.registry import Adapter, Context
+
+
+def _init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from rlpatch import phases
+
+    pair = phases.building()
+    if pair is None or pair.engine is not None:
+        return wrapped(*args, **kwargs)
+    from vllm.platforms import current_platform
+
+    # KV memory can only be released when it was allocated from vLLM's own pool, which sleep mode switches on. The CPU
+    # backend refuses sleep mode and needs no pool.
+    kwargs["enable_sleep_mode"] = (pair.wants_standby or pair.upstream_sleep) and current_platform.is_sleep_mode_available()
+    if pair.shares_planned:
+        kwargs.update(pair.context.providers["share_weights"].engine_arguments(pair))
+    wrapped(*args, **kwargs)
+    pair.joined(instance)
+    return None
+
+
+def _patches(context: Context) -> list[Patch]:
+    return [Patch("vllm.entrypoints.llm", "LLM.__init__", _init)]
+
+
+ADAPTER = Adapter(
+    capability="engine",
+    library="vllm",
+    versions=">=0.9.2,<0.34",
+    module="vllm.entrypoints.llm",
+    patches=_patches,
+)

@@ -1,0 +1,99 @@
+"""KV standby through vLLM's own release_kv_cache_memory (0.31 and later).
+
+``LLM.release_kv_cache_memory()`` → ``EngineCore`` (checks a completed pause, resets prefix, multimodal and encoder
+caches) → ``Executor.discard(("kv_cache",))`` → ``Worker.discard``: weights stay mapped. It wants ``LLM.sleep(level=0)``
+first and an engine at rest: called right after ``generate()`` it raises "requires a completed pause first", because
+finished ids are not flushed and, with asynchronous scheduling, a batch is still in ``batch_queue``; `rlpatch.standby`
+drains before it calls. Back: ``LLM.wake_up(tags=["kv_cache"])``, which resumes scheduling once all is resident.
+On CPU ``CPUWorker.discard`` raises "Selective discard is not supported on CPU." and ``CPUWorker.wake_up`` does nothing;
+there the two are wrapped so that the KV storages are resized to nothing and back, and the process's memory really falls.
+Delete when: the oldest supported vLLM is 0.31 and its release drains by itself; then the trainer can call it directly.
+The CPU part: when vLLM's CPU worker implements discard.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from rlpatch.adapters.vllm._platform import on_cpu
+from rlpatch.patching import Patch
+from rlpatch.registry import Adapter, Context
+
+if TYPE_CHECKING:
+    from rlpatch.engine import Engine
+
+
+class NativeStandby:
+    """See `rlpatch.standby.Mechanism`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        # The pool's accounting differs by device; what counts for us is whether the executor holds the tag mapped.
+        self._bytes = sum(tensor.untyped_storage().nbytes() for tensor in engine.kv_tensors())
+
+    def release(self) -> None:
+        """Pause, then discard the ``kv_cache`` tag."""
+        self.engine.llm.llm_engine.sleep(level=0)
+        self.engine.llm.llm_engine.release_kv_cache_memory()
+
+    def restore(self) -> None:
+        """Map the ``kv_cache`` tag again; scheduling resumes with it."""
+        if self.engine.device.type != "cpu":
+            import torch
+
+            torch.accelerator.empty_cache()  # the trainer's cached blocks go back to the device first
+        self.engine.llm.llm_engine.wake_up(tags=["kv_cache"])
+
+    def resident_bytes(self) -> int:
+        """Bytes of KV memory that are backed right now."""
+        if self.engine.device.type == "cpu":
+            return sum(tensor.untyped_storage().nbytes() for tensor in self.engine.kv_tensors())
+        asleep = "kv_cache" in self.engine.core.model_executor.sleeping_tags
+        return 0 if asleep else self._bytes
+
+
+def _patches(context: Context) -> list[Patch]:
+    if not on_cpu():
+        return []
+    from rlpatch import phases
+    from rlpatch.standby import ResizedStorages
+
+    released: weakref.WeakKeyDictionary[Any, ResizedStorages] = weakref.WeakKeyDictionary()
+
+    def discard(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tags = kwargs.get("tags", args[0] if args else ())
+        pair = phases.of_worker(instance)
+        if pair is None or pair.engine is None or set(tags) != {"kv_cache"}:
+            return wrapped(*args, **kwargs)
+        storages = ResizedStorages(pair.engine)
+        storages.free()
+        released[instance] = storages
+        return None
+
+    def wake_up(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tags = kwargs.get("tags", args[0] if args else None)
+        if instance not in released or (tags is not None and "kv_cache" not in tags):
+            return wrapped(*args, **kwargs)
+        released.pop(instance).back()
+        return None
+
+    worker = "vllm.v1.worker.cpu_worker"
+    return [Patch(worker, "CPUWorker.discard", discard), Patch(worker, "CPUWorker.wake_up", wake_up)]
+
+
+def _probe() -> str | None:
+    from vllm.entrypoints.llm import LLM
+
+    return None if hasattr(LLM, "release_kv_cache_memory") else "LLM has no release_kv_cache_memory"
+
+
+ADAPTER = Adapter(
+    capability="standby",
+    library="vllm",
+    versions=">=0.31,<0.34",
+    module="vllm.entrypoints.llm",
+    probe=_probe,
+    provides=NativeStandby,
+    patches=_patches,
+)

@@ -1,0 +1,246 @@
+"""The switchboard behind ``rlpatch.apply``: settings in, adapters chosen, patch sets stacked, outcomes out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from rlpatch import registry, versions
+from rlpatch.errors import UnsupportedError
+from rlpatch.patching import PatchSet, when_imported
+from rlpatch.registry import Adapter, Context, Outcome, State
+from rlpatch.settings import Settings, resolve
+
+logger = logging.getLogger("rlpatch")
+
+# Switches of apply() that no adapter brings yet; listed so that status() can say so.
+ANNOUNCED: dict[str, str] = {"defaults": "trl"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of each capability, and the state of live trainer/engine pairs.
+
+    Attributes:
+        applied: Whether `apply` is in force.
+        outcomes: One per capability.
+        pairs: One dict per live pair (see `rlpatch.phases.Colocation.describe`).
+    """
+
+    applied: bool
+    outcomes: tuple[Outcome, ...] = ()
+    pairs: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, capability: str) -> Outcome:
+        for outcome in self.outcomes:
+            if outcome.capability == capability:
+                return outcome
+        raise KeyError(capability)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "applied": self.applied,
+            "outcomes": [outcome.as_dict() for outcome in self.outcomes],
+            "pairs": list(self.pairs),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = ["rlpatch is applied" if self.applied else "rlpatch is not applied"]
+        lines += [f"  {outcome}" for outcome in self.outcomes]
+        lines += [f"  {note}" for note in self.notes]
+        for pair in self.pairs:
+            lines.append("  pair: " + ", ".join(f"{key} {value}" for key, value in pair.items() if value not in (None, [], {})))
+        return "\n".join(lines)
+
+
+@dataclass
+class _Run:
+    """One `apply` in force."""
+
+    settings: Settings
+    context: Context
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    sets: list[PatchSet] = field(default_factory=list)
+    over: bool = False
+
+
+_run: _Run | None = None
+_lock = threading.RLock()
+
+
+def apply(**arguments: Any) -> Report:
+    """See `rlpatch.apply`."""
+    global _run
+    with _lock:
+        known = {**registry.capabilities(), **ANNOUNCED}
+        settings = resolve(**arguments, known=known)
+        if _run is not None:
+            if _run.settings == settings:
+                return status()
+            logger.info("rlpatch: settings changed; reverting and applying anew")
+            revert()
+        run = _Run(settings, Context(standby=settings.wants("standby"), share_weights=settings.wants("share_weights")))
+        try:
+            for capability, library in known.items():
+                _start(run, capability, library)
+        except BaseException:
+            _undo(run)
+            raise
+        _run = run
+        _warn(run)
+        return status()
+
+
+def _start(run: _Run, capability: str, library: str) -> None:
+    """Decide one capability as far as versions tell, and arm the rest for when its module is imported."""
+    if not run.settings.wants(capability):
+        run.outcomes[capability] = Outcome(capability, library, State.SKIPPED, reason="switched off")
+        return
+    if capability in ANNOUNCED:
+        run.outcomes[capability] = Outcome(capability, library, State.SKIPPED, reason="no adapter brings it yet")
+        return
+    found = versions.installed(library)
+    choice = registry.choose(capability, found, probing=False)
+    if choice.adapter is None:
+        state = State.SKIPPED if found.version is None and found.problem is None else State.UNSUPPORTED
+        outcome = Outcome(capability, library, state, None, choice.reason, _text(found), choice.supported)
+        run.outcomes[capability] = outcome
+        _complain(run, outcome)
+        return
+    run.outcomes[capability] = Outcome(
+        capability, library, State.WAITING, choice.adapter.name, f"until {choice.adapter.module} is imported",
+        _text(found), choice.supported,
+    )  # fmt: skip
+    when_imported(choice.adapter.module, lambda module: _arrived(run, capability, library, module))
+
+
+def _arrived(run: _Run, capability: str, library: str, module: ModuleType) -> None:
+    """The library is imported: let probes decide, then patch."""
+    with _lock:
+        if run.over or run.outcomes[capability].state is not State.WAITING:
+            return
+        found = versions.installed(library)
+        text = _text(found)
+        # Only adapters that live in this module can be judged now; the others' modules may not be imported.
+        options = [a for a in registry.candidates(capability) if a.module == module.__name__]
+        supported = tuple(a.versions for a in registry.candidates(capability))
+        try:
+            choice = registry.choose(capability, found, probing=True, options=options)
+        except Exception as error:
+            run.outcomes[capability] = Outcome(
+                capability, library, State.FAILED, None, f"its probe failed: {error!r}", text, supported
+            )
+            _complain(run, run.outcomes[capability])
+            return
+        adapter = choice.adapter
+        if adapter is None:
+            outcome = Outcome(capability, library, State.UNSUPPORTED, None, choice.reason, text, supported)
+        else:
+            outcome = _patch(run, adapter, choice.reason, text, supported)
+        run.outcomes[capability] = outcome
+        _complain(run, outcome)
+        logger.info("rlpatch: %s", outcome)
+
+
+def _patch(run: _Run, adapter: Adapter, reason: str, found: str | None, supported: tuple[str, ...]) -> Outcome:
+    def outcome(state: State, why: str = "") -> Outcome:
+        return Outcome(adapter.capability, adapter.library, state, adapter.name, why or reason, found, supported)
+
+    irrelevant = adapter.relevant() if adapter.relevant is not None else None
+    if irrelevant is not None:
+        return outcome(State.SKIPPED, irrelevant)
+    if adapter.native:
+        return outcome(State.NATIVE, reason or "upstream does it")
+    if adapter.patches is not None:
+        patch_set = PatchSet(adapter.name, adapter.patches(run.context))
+        try:
+            patch_set.apply()
+        except Exception as error:
+            return outcome(State.FAILED, str(error))
+        run.sets.append(patch_set)
+    run.context.providers[adapter.capability] = adapter.provides
+    return outcome(State.APPLIED)
+
+
+def _complain(run: _Run, outcome: Outcome) -> None:
+    """Unsupported or failed is an error when asked for strictly or by name; a warning comes from `_warn` otherwise."""
+    if outcome.state not in (State.UNSUPPORTED, State.FAILED):
+        return
+    by_name = run.settings.include is not None and outcome.capability in run.settings.include
+    if run.settings.strict or by_name:
+        _undo(run)
+        nearest = f"; supported: {outcome.library} {' and '.join(outcome.supported)}" if outcome.supported else ""
+        raise UnsupportedError(
+            f"{outcome.capability} cannot be applied to {outcome.library} {outcome.found}: {outcome.reason}{nearest}. "
+            f"Install a supported {outcome.library}, or exclude={outcome.capability!r} to go on without it."
+        )
+    if run is _run:
+        logger.warning("rlpatch: %s; %s stays as it was", outcome, outcome.library)
+
+
+def _warn(run: _Run) -> None:
+    for outcome in run.outcomes.values():
+        if outcome.state in (State.UNSUPPORTED, State.FAILED):
+            logger.warning("rlpatch: %s; %s stays as it was", outcome, outcome.library)
+
+
+def _phases() -> Any:
+    """The module `rlpatch.phases` if some adapter has needed it; importing it imports torch, which apply() must not."""
+    return sys.modules.get("rlpatch.phases")
+
+
+def _text(found: versions.Installed) -> str | None:
+    return str(found.version) if found.version else None
+
+
+def _undo(run: _Run) -> list[str]:
+    run.over = True
+    notes: list[str] = []
+    while run.sets:
+        notes += run.sets.pop().revert()
+    return notes
+
+
+def revert() -> Report:
+    """See `rlpatch.revert`."""
+    global _run
+    with _lock:
+        if _run is None:
+            return Report(False)
+        notes = _phases().part_all() if _phases() else []
+        notes += _undo(_run)
+        _run = None
+        for note in notes:
+            logger.warning("rlpatch: %s", note)
+        return Report(False, notes=tuple(notes))
+
+
+def status() -> Report:
+    """See `rlpatch.status`."""
+    with _lock:
+        if _run is None:
+            return Report(False)
+        return Report(True, tuple(_run.outcomes.values()), tuple(pair.describe() for pair in (_phases().live() if _phases() else ())))
+
+
+@contextlib.contextmanager
+def patched(**settings: Any) -> Iterator[Report]:
+    """See `rlpatch.patched`."""
+    arguments = dict.fromkeys(("standby", "share_weights", "defaults", "include", "exclude", "strict"))
+    unknown = set(settings) - set(arguments)
+    if unknown:
+        raise TypeError(f"patched() got an unexpected argument {sorted(unknown)[0]!r}; it takes what apply() takes")
+    report = apply(**{**arguments, **settings})
+    try:
+        yield report
+    finally:
+        revert()

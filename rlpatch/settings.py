@@ -1,0 +1,99 @@
+"""What a person asked for: arguments of ``apply()``, then environment variables, then defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rlpatch.errors import UsageError
+from rlpatch.versions import environment_flag
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Resolved settings.
+
+    Attributes:
+        standby: KV cache exists only while tokens are generated.
+        share_weights: Trainer and engine hold one copy of the weights.
+        defaults: Config fix-ups of fields left at their default.
+        include: Only these capabilities, or None for all.
+        exclude: Never these capabilities.
+        strict: An unsupported release is an error instead of a warning.
+        explicit: Names of the settings that were given rather than defaulted.
+    """
+
+    standby: bool = True
+    share_weights: bool = True
+    defaults: bool = True
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    strict: bool = False
+    explicit: frozenset[str] = frozenset()
+
+    def wants(self, capability: str) -> bool:
+        """Whether `capability` shall be applied."""
+        if capability in self.exclude or (self.include is not None and capability not in self.include):
+            return False
+        return {"standby": self.standby, "share_weights": self.share_weights, "defaults": self.defaults}.get(capability, True)
+
+
+def _names(value: Iterable[str] | str | None, origin: str, known: Iterable[str]) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = tuple(n.strip() for n in (value.split(",") if isinstance(value, str) else value) if n.strip())
+    unknown = [name for name in names if name not in set(known)]
+    if unknown:
+        raise UsageError(f"{origin}: unknown capability {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}")
+    return names
+
+
+def resolve(
+    *,
+    standby: bool | None,
+    share_weights: bool | None,
+    defaults: bool | None,
+    include: Iterable[str] | str | None,
+    exclude: Iterable[str] | str | None,
+    strict: bool | None,
+    known: Iterable[str],
+) -> Settings:
+    """Merge arguments (None: not given) with ``RLPATCH_*`` variables and defaults.
+
+    ``UNSLOTH_VLLM_STANDBY`` counts as ``RLPATCH_STANDBY`` when the latter is unset: scripts that come from there set it.
+
+    Raises:
+        UsageError: a capability is unknown, or a value is neither yes nor no; names the argument or variable.
+    """
+    known = tuple(known)
+    explicit = set()
+
+    def flag(name: str, value: bool | None, default: bool, alias: str | None = None) -> bool:
+        if value is not None and not isinstance(value, bool):
+            raise UsageError(f"apply({name}={value!r}): expected True, False or None")
+        for candidate in (value, environment_flag(f"RLPATCH_{name.upper()}"), environment_flag(alias) if alias else None):
+            if candidate is not None:
+                explicit.add(name)
+                return candidate
+        return default
+
+    def names(name: str, value: Iterable[str] | str | None) -> tuple[str, ...] | None:
+        variable = f"RLPATCH_{name.upper()}"
+        if value is not None:
+            return _names(value, f"apply({name}=…)", known)
+        return _names(os.environ.get(variable) or None, variable, known)
+
+    included, excluded = names("include", include), names("exclude", exclude) or ()
+    both = set(included or ()) & set(excluded)
+    if both:
+        raise UsageError(f"{', '.join(sorted(both))} is both in include and in exclude; name it in one of them")
+    return Settings(
+        standby=flag("standby", standby, True, alias="UNSLOTH_VLLM_STANDBY"),
+        share_weights=flag("share_weights", share_weights, True),
+        defaults=flag("defaults", defaults, True),
+        include=included,
+        exclude=excluded,
+        strict=flag("strict", strict, False),
+        explicit=frozenset(explicit),
+    )

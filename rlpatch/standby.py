@@ -1,0 +1,125 @@
+"""Standby: the KV cache's memory exists only while tokens are generated.
+
+`KVStandby` is the cycle, the same for every release; a `Mechanism`, brought by an adapter, knows how one era of vLLM
+pauses and lets memory go. `ResizedStorages` is the memory side on CPU, where no allocator pool exists.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Protocol
+
+import torch
+
+from rlpatch.engine import Engine, synchronize
+from rlpatch.errors import StandbyError
+
+logger = logging.getLogger("rlpatch")
+
+
+class Mechanism(Protocol):
+    """How one era of vLLM releases the memory behind the KV cache and gets it back.
+
+    ``release`` is called on an engine at rest (drained). Weights, graphs and small metadata buffers stay mapped.
+    """
+
+    def __init__(self, engine: Engine) -> None: ...
+
+    def release(self) -> None:
+        """Pause scheduling, forget every cache that describes or uses KV memory, free that memory."""
+
+    def restore(self) -> None:
+        """Get the memory back at the same addresses (CUDA) and resume scheduling. Contents are undefined."""
+
+    def resident_bytes(self) -> int:
+        """Bytes of KV memory that are backed right now."""
+
+
+class KVStandby:
+    """The release/restore cycle of one engine.
+
+    Attributes:
+        released: Whether the KV cache is out right now.
+        cycles: Completed releases.
+        seconds: Seconds spent releasing and restoring, in total.
+    """
+
+    def __init__(self, engine: Engine, mechanism: Mechanism) -> None:
+        self.engine = engine
+        self.mechanism = mechanism
+        self.released = False
+        self.cycles = 0
+        self.seconds = {"release": 0.0, "restore": 0.0}
+
+    def release(self) -> None:
+        """Let the KV cache go. Unfinished requests are aborted, running work is waited for.
+
+        Raises:
+            StandbyError: it is released already, or the engine does not come to rest.
+        """
+        if self.released:
+            raise StandbyError("the KV cache is released already; call restore() before releasing it again")
+        start = time.perf_counter()
+        aborted = self.engine.abort_requests()
+        if aborted:
+            logger.warning("rlpatch: aborted %d unfinished requests before releasing the KV cache", aborted)
+        self.engine.drain()
+        synchronize(self.engine.device)
+        self.mechanism.release()
+        self.released = True
+        self.cycles += 1
+        self.seconds["release"] += time.perf_counter() - start
+
+    def restore(self) -> None:
+        """Get the KV cache back, empty.
+
+        Raises:
+            StandbyError: it is not released, or its memory cannot be had; the trainer and its weights are untouched.
+        """
+        if not self.released:
+            raise StandbyError("the KV cache is not released; call release() before restoring it")
+        start = time.perf_counter()
+        try:
+            self.mechanism.restore()
+        except (RuntimeError, MemoryError) as error:
+            free = f", {torch.accelerator.get_memory_info()[0] >> 20} MiB are free" if self.engine.device.type != "cpu" else ""
+            raise StandbyError(
+                f"the KV cache cannot be restored: {error}{free}. Lower vllm_gpu_memory_utilization (it sized the KV "
+                "cache), or free memory before generating; the trainer and its weights are intact"
+            ) from error
+        self.released = False
+        self.seconds["restore"] += time.perf_counter() - start
+
+
+class ResizedStorages:
+    """KV memory on CPU: each storage is resized to nothing and back, so that the process really gives it back.
+
+    Views made by the engine's layers share these storages and follow. Unlike on CUDA the address changes; on CPU no
+    graph has captured it. The engine zeroes a block before it reads more than it wrote, yet fresh memory is zeroed here
+    because stale bytes could be NaN.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._sizes: list[tuple[torch.UntypedStorage, int]] = []
+
+    def free(self) -> None:
+        """Release the storages. Raises StandbyError when there is no KV cache to release."""
+        tensors = self._engine.kv_tensors()
+        if not tensors:
+            raise StandbyError("this engine has no KV cache tensors; switch standby off for it")
+        self._sizes = [(storage, storage.nbytes()) for storage in (t.untyped_storage() for t in tensors)]
+        for storage, _ in self._sizes:
+            storage.resize_(0)
+
+    def back(self) -> None:
+        """Allocate the storages again, zeroed."""
+        for storage, size in self._sizes:
+            storage.resize_(size)
+            torch.empty(0, dtype=torch.uint8).set_(storage).zero_()  # type: ignore[call-overload]
+        self._sizes = []
+
+    def resident_bytes(self) -> int:
+        """Bytes behind the KV cache now."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._engine.kv_tensors())
