@@ -58,7 +58,9 @@ class Report:
         lines += [f"  {outcome}" for outcome in self.outcomes]
         lines += [f"  {note}" for note in self.notes]
         for pair in self.pairs:
-            lines.append("  pair: " + ", ".join(f"{key} {value}" for key, value in pair.items() if value not in (None, [], {})))
+            lines.append(
+                "  pair: " + ", ".join(f"{key} {value}" for key, value in pair.items() if value not in (None, [], {}))
+            )
         return "\n".join(lines)
 
 
@@ -229,7 +231,11 @@ def status() -> Report:
     with _lock:
         if _run is None:
             return Report(False)
-        return Report(True, tuple(_run.outcomes.values()), tuple(pair.describe() for pair in (_phases().live() if _phases() else ())))
+        return Report(
+            True,
+            tuple(_run.outcomes.values()),
+            tuple(pair.describe() for pair in (_phases().live() if _phases() else ())),
+        )
 
 
 @contextlib.contextmanager

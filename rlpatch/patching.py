@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -132,7 +132,9 @@ class PatchSet:
             done = self._undo.pop()
             current, _ = _raw_attribute(done.parent, done.attribute)
             if current is not done.replacement:
-                buried.append(f"{done.patch} was wrapped again by other code; rlpatch's wrapper stays there, switched off")
+                buried.append(
+                    f"{done.patch} was wrapped again by other code; rlpatch's wrapper stays there, switched off"
+                )
             elif done.inherited:
                 delattr(done.parent, done.attribute)
             else:
@@ -166,16 +168,3 @@ def when_imported(module: str, callback: Callable[[ModuleType], None]) -> None:
         callback(loaded)
     else:
         wrapt.register_post_import_hook(callback, module)
-
-
-def apply_all(sets: Iterable[PatchSet]) -> None:
-    """Apply several sets; if one fails, those applied by this call are reverted, last first, and the error is raised."""
-    done: list[PatchSet] = []
-    try:
-        for patch_set in sets:
-            patch_set.apply()
-            done.append(patch_set)
-    except Exception:
-        for patch_set in reversed(done):
-            patch_set.revert()
-        raise

@@ -43,7 +43,9 @@ def of_engine(llm: Any) -> Colocation | None:
 
 def of_executor(executor: Any) -> Colocation | None:
     """The pair whose engine runs on `executor` (vLLM's)."""
-    return next((p for p in live() if p.engine is not None and p.engine.llm.llm_engine.model_executor is executor), None)
+    return next(
+        (p for p in live() if p.engine is not None and p.engine.llm.llm_engine.model_executor is executor), None
+    )
 
 
 def of_worker(worker: Any) -> Colocation | None:

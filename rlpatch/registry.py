@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -115,7 +115,9 @@ class Adapter:
     def __post_init__(self) -> None:
         operators = {clause.operator for clause in SpecifierSet(self.versions)}
         if not operators & {">=", ">", "=="} or not operators & {"<", "<=", "=="}:
-            raise ValueError(f"adapter {self.name or self.capability}: versions={self.versions!r} needs a floor and a ceiling")
+            raise ValueError(
+                f"adapter {self.name or self.capability}: versions={self.versions!r} needs a floor and a ceiling"
+            )
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Choice:
     supported: tuple[str, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def adapters() -> tuple[Adapter, ...]:
     """Every adapter found under ``rlpatch.adapters``, by file name. Adapter files import nothing heavy at the top."""
     package = importlib.import_module("rlpatch.adapters")
@@ -179,7 +181,9 @@ def choose(capability: str, found: Installed, *, probing: bool, options: Sequenc
         if inside:
             return Choice(inside[0], "", supported)
         if outside:
-            return Choice(outside[0], f"{version} lies outside {' and '.join(supported)}; its probe will decide", supported)
+            return Choice(
+                outside[0], f"{version} lies outside {' and '.join(supported)}; its probe will decide", supported
+            )
         return Choice(None, f"{found} lies outside {' and '.join(supported)}", supported)
     misfits = []
     for adapter in [*inside, *outside]:

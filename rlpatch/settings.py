@@ -36,7 +36,9 @@ class Settings:
         """Whether `capability` shall be applied."""
         if capability in self.exclude or (self.include is not None and capability not in self.include):
             return False
-        return {"standby": self.standby, "share_weights": self.share_weights, "defaults": self.defaults}.get(capability, True)
+        return {"standby": self.standby, "share_weights": self.share_weights, "defaults": self.defaults}.get(
+            capability, True
+        )
 
 
 def _names(value: Iterable[str] | str | None, origin: str, known: Iterable[str]) -> tuple[str, ...] | None:
@@ -45,7 +47,9 @@ def _names(value: Iterable[str] | str | None, origin: str, known: Iterable[str])
     names = tuple(n.strip() for n in (value.split(",") if isinstance(value, str) else value) if n.strip())
     unknown = [name for name in names if name not in set(known)]
     if unknown:
-        raise UsageError(f"{origin}: unknown capability {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}")
+        raise UsageError(
+            f"{origin}: unknown capability {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
+        )
     return names
 
 
@@ -72,7 +76,11 @@ def resolve(
     def flag(name: str, value: bool | None, default: bool, alias: str | None = None) -> bool:
         if value is not None and not isinstance(value, bool):
             raise UsageError(f"apply({name}={value!r}): expected True, False or None")
-        for candidate in (value, environment_flag(f"RLPATCH_{name.upper()}"), environment_flag(alias) if alias else None):
+        for candidate in (
+            value,
+            environment_flag(f"RLPATCH_{name.upper()}"),
+            environment_flag(alias) if alias else None,
+        ):
             if candidate is not None:
                 explicit.add(name)
                 return candidate

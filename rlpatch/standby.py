@@ -83,7 +83,11 @@ class KVStandby:
         try:
             self.mechanism.restore()
         except (RuntimeError, MemoryError) as error:
-            free = f", {torch.accelerator.get_memory_info()[0] >> 20} MiB are free" if self.engine.device.type != "cpu" else ""
+            free = (
+                f", {torch.accelerator.get_memory_info()[0] >> 20} MiB are free"
+                if self.engine.device.type != "cpu"
+                else ""
+            )
             raise StandbyError(
                 f"the KV cache cannot be restored: {error}{free}. Lower vllm_gpu_memory_utilization (it sized the KV "
                 "cache), or free memory before generating; the trainer and its weights are intact"

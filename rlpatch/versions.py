@@ -107,7 +107,9 @@ def installed(library: str) -> Installed:
     except InvalidVersion:
         return Installed(library, name, problem=f"its metadata gives no usable version ({text!r}); reinstall it")
     if folder is None and library not in sys.modules:
-        return Installed(library, name, version, f"metadata of {name} {text} is there but the package is not; reinstall it")
+        return Installed(
+            library, name, version, f"metadata of {name} {text} is there but the package is not; reinstall it"
+        )
     init = folder / "__init__.py" if folder else None
     if init is not None and not init.exists() and library not in sys.modules:
         return Installed(library, name, version, f"{folder.name}/__init__.py is missing; reinstall {name}")  # type: ignore[union-attr]

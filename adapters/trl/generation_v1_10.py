@@ -112,7 +112,11 @@ def _probe() -> str | None:
 
     from trl.generation.vllm_generation import VLLMGeneration
 
-    missing = [n for n in ("_init_vllm", "sync_weights", "generate", "_fix_param_name_to_vllm") if not hasattr(VLLMGeneration, n)]
+    missing = [
+        n
+        for n in ("_init_vllm", "sync_weights", "generate", "_fix_param_name_to_vllm")
+        if not hasattr(VLLMGeneration, n)
+    ]
     if missing:
         return f"VLLMGeneration has no {', '.join(missing)}"
     if "_llm_weights_sleeping" not in inspect.getsource(VLLMGeneration._init_vllm):

@@ -16,7 +16,9 @@ def _activate(name: str, x: torch.Tensor) -> torch.Tensor:
         return F.silu(gate) * up
     if name in ("gelu", "gelu_tanh"):
         return F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none") * up
-    raise NotImplementedError(f"no plain form of the expert activation {name!r}; exclude='cpu_weights' keeps vLLM's kernel")
+    raise NotImplementedError(
+        f"no plain form of the expert activation {name!r}; exclude='cpu_weights' keeps vLLM's kernel"
+    )
 
 
 def plain_experts(
@@ -52,7 +54,9 @@ def plain_experts(
     for expert in ids.unique().tolist():
         token, slot = torch.where(ids == expert)
         x = F.linear(hidden[token], w13[expert], None if w13_bias is None else w13_bias[expert].to(hidden.dtype))
-        x = F.linear(_activate(activation, x), w2[expert], None if w2_bias is None else w2_bias[expert].to(hidden.dtype))
+        x = F.linear(
+            _activate(activation, x), w2[expert], None if w2_bias is None else w2_bias[expert].to(hidden.dtype)
+        )
         scaled = x.float() if skip_weighted else x.float() * weights[token, slot, None].float()
         out.index_add_(0, token, scaled)
     return out.to(hidden.dtype)

@@ -30,7 +30,9 @@ def _patches(context: Context) -> list[Patch]:
 
     return [
         UNPACKED_LINEAR,
-        Patch("vllm.model_executor.layers.utils", "check_cpu_sgl_kernel", lambda wrapped, instance, args, kwargs: False),
+        Patch(
+            "vllm.model_executor.layers.utils", "check_cpu_sgl_kernel", lambda wrapped, instance, args, kwargs: False
+        ),
         Patch(_EXPERTS, "CPUFusedMOE._pad_moe_intermediate_for_grouped_gemm", _nothing),
         Patch(_EXPERTS, "CPUFusedMOE.check_grouped_gemm", lambda wrapped, instance, args, kwargs: (True, "plain")),
         Patch(_EXPERTS, "CPUFusedMOE.init_moe_grouped_gemm", _nothing),

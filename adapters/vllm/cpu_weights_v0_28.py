@@ -36,7 +36,11 @@ def _fused(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
 def _patches(context: Context) -> list[Patch]:
     return [
         UNPACKED_LINEAR,
-        Patch(_EXPERTS, "CPUUnquantizedExperts.process_weights_after_loading", lambda wrapped, instance, args, kwargs: None),
+        Patch(
+            _EXPERTS,
+            "CPUUnquantizedExperts.process_weights_after_loading",
+            lambda wrapped, instance, args, kwargs: None,
+        ),
         Patch(_EXPERTS, "cpu_fused_moe", _fused),
     ]
 

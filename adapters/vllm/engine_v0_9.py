@@ -25,7 +25,9 @@ def _init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
     # KV memory can only be released when it was allocated from vLLM's own pool, which sleep mode switches on. The CPU
     # backend refuses sleep mode and needs no pool.
-    kwargs["enable_sleep_mode"] = (pair.wants_standby or pair.upstream_sleep) and current_platform.is_sleep_mode_available()
+    kwargs["enable_sleep_mode"] = (
+        pair.wants_standby or pair.upstream_sleep
+    ) and current_platform.is_sleep_mode_available()
     if pair.shares_planned:
         kwargs.update(pair.context.providers["share_weights"].engine_arguments(pair))
     wrapped(*args, **kwargs)

@@ -56,7 +56,15 @@ def write_tokenizer(folder: Path, words: int = WORDS) -> Any:
     return tokenizer
 
 
-def write_model(folder: str | Path, family: str = "qwen3", *, words: int = WORDS, seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
+def write_model(
+    folder: str | Path,
+    family: str = "qwen3",
+    *,
+    words: int = WORDS,
+    seed: int = 0,
+    dtype: str = "float32",
+    **changes: Any,
+) -> Path:
     """Write a randomly initialised checkpoint of `family` with its tokenizer.
 
     Args:
@@ -79,7 +87,9 @@ def write_model(folder: str | Path, family: str = "qwen3", *, words: int = WORDS
     config_name, model_name, special = FAMILIES[family]
     fields = {**_COMMON, **special, **changes, "vocab_size": words + 3, "eos_token_id": 2, "bos_token_id": None}
     fields.setdefault("pad_token_id", 1)
-    config = getattr(transformers, config_name)(**{k: v for k, v in fields.items() if v is not None or k == "bos_token_id"})
+    config = getattr(transformers, config_name)(
+        **{k: v for k, v in fields.items() if v is not None or k == "bos_token_id"}
+    )
     torch.manual_seed(seed)
     model = getattr(transformers, model_name)(config).to(getattr(torch, dtype))
     with torch.no_grad():  # random norms and a livelier head: agreement on constant tensors would prove little

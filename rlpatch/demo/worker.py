@@ -124,7 +124,12 @@ def make_trainer(job: Job) -> Any:
     from transformers import AutoModelForCausalLM, set_seed
 
     on_cpu = not torch.cuda.is_available()
-    defaults = {"dtype": job.dtype, "enforce_eager": True, **({"kv_cache_memory_bytes": 32 << 20} if on_cpu else {}), **job.engine}
+    defaults = {
+        "dtype": job.dtype,
+        "enforce_eager": True,
+        **({"kv_cache_memory_bytes": 32 << 20} if on_cpu else {}),
+        **job.engine,
+    }
     patch_set = engine_defaults(**defaults)
     patch_set.apply()
     try:
@@ -168,7 +173,9 @@ def make_trainer(job: Job) -> Any:
         patch_set.revert()
 
 
-def train(trainer: Any, job: Job, progress: Callable[[dict[str, Any]], None] = lambda row: None, **arguments: Any) -> dict[str, Any]:
+def train(
+    trainer: Any, job: Job, progress: Callable[[dict[str, Any]], None] = lambda row: None, **arguments: Any
+) -> dict[str, Any]:
     """Train and measure; `arguments` go to ``trainer.train``."""
     from transformers import TrainerCallback
 

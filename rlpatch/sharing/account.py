@@ -9,7 +9,9 @@ import torch
 
 def _ranges(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
     """Merged [start, end) address ranges of the tensors' storages."""
-    spans = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (t.untyped_storage() for t in tensors) if s.nbytes()})
+    spans = sorted(
+        {(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
+    )
     merged: list[tuple[int, int]] = []
     for start, end in spans:
         if merged and start <= merged[-1][1]:

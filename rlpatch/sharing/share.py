@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,7 +114,9 @@ def trainer_slots(model: nn.Module, rename: Callable[[str], str] = lambda name: 
                 if is_buffer and attribute in module._non_persistent_buffers_set:
                     continue
                 seen.add(id(tensor))
-                slots.append(Slot(rename(f"{prefix}.{attribute}" if prefix else attribute), module, attribute, is_buffer))
+                slots.append(
+                    Slot(rename(f"{prefix}.{attribute}" if prefix else attribute), module, attribute, is_buffer)
+                )
     return slots
 
 
@@ -218,7 +220,9 @@ class Sharing:
     def _alias(self, entry: SharedTensor) -> None:
         entry.slot.tensor.data = own_storage(entry.engine_view())
         if entry.slot.tensor.data_ptr() != entry.pointer:
-            raise SharingError(f"{entry.slot.name}: aliasing gave address {entry.slot.tensor.data_ptr():#x}, not {entry.pointer:#x}")
+            raise SharingError(
+                f"{entry.slot.name}: aliasing gave address {entry.slot.tensor.data_ptr():#x}, not {entry.pointer:#x}"
+            )
         self.shared.append(entry)
 
     # ---- checking ----------------------------------------------------------------------------------------------
@@ -278,7 +282,9 @@ class Sharing:
     def _rejoin(self, entry: SharedTensor) -> None:
         tensor, view = entry.slot.tensor, entry.engine_view()
         if tensor.shape != view.shape:
-            raise SharingError(f"{entry.slot.name} changed its shape from {tuple(view.shape)} to {tuple(tensor.shape)} after sharing")
+            raise SharingError(
+                f"{entry.slot.name} changed its shape from {tuple(view.shape)} to {tuple(tensor.shape)} after sharing"
+            )
         view.copy_(tensor.detach())
         if tensor.dtype != view.dtype or tensor.device != view.device:
             self.shared.remove(entry)
@@ -287,7 +293,9 @@ class Sharing:
             tensor.data = own_storage(view)
         if "moved" not in self._warned:
             self._warned.add("moved")
-            logger.warning("rlpatch: %s was moved out of the engine's memory by other code; it was put back", entry.slot.name)
+            logger.warning(
+                "rlpatch: %s was moved out of the engine's memory by other code; it was put back", entry.slot.name
+            )
 
     @torch.no_grad()
     def part(self) -> None:
