@@ -187,6 +187,7 @@ def train(
     syncs = 0
     kv_bytes: list[int] = []
     twice: list[int] = []
+    rss: list[int] = []
 
     def timed(name: str) -> Any:
         def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -210,6 +211,7 @@ def train(
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
             kv_bytes.append(kv_resident(engine))
             twice.append(resident_twice(trainer.model, engine.model))
+            rss.append(resident_set())
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if logs and "loss" in logs:
@@ -231,10 +233,20 @@ def train(
         "syncs": syncs,
         "weights_twice_bytes": max(twice, default=0),
         "kv_training_bytes": max(kv_bytes, default=0),
+        "training_rss_bytes": max(rss, default=0),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_device_bytes": device.peak,
         "status": rlpatch.status().as_dict(),
     }
+
+
+def resident_set() -> int:
+    """Bytes of this process that are in memory now (Linux; 0 elsewhere)."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def kv_resident(engine: Any) -> int:
