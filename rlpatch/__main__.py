@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "doctor": ("rlpatch.doctor", "what is installed, which adapter serves it, and what would break it"),
     "demo": ("rlpatch.demo.command", "train a tiny model with plain TRL and patched, side by side"),
+    "bench": ("rlpatch.bench.command", "time and memory by phase: plain TRL, its sleep mode and rlpatch, side by side"),
     "matrix": ("rlpatch.matrix", "the table of known version pairs; --write regenerates tox.ini"),
 }
 

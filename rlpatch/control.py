@@ -72,6 +72,7 @@ class _Run:
     context: Context
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     sets: list[PatchSet] = field(default_factory=list)
+    judged: set[tuple[str, str]] = field(default_factory=set)
     over: bool = False
 
 
@@ -100,6 +101,11 @@ def apply(**arguments: Any) -> Report:
         _run = run
         _warn(run)
         return status()
+
+
+def context() -> Context | None:
+    """The settings and providers of the `apply` in force, as adapters see them; None when nothing is applied."""
+    return _run.context if _run is not None else None
 
 
 def _start(run: _Run, capability: str, library: str) -> None:
@@ -144,6 +150,9 @@ def _arrived(run: _Run, capability: str, library: str, module: ModuleType) -> No
             _complain(run, run.outcomes[capability])
             return
         adapter = choice.adapter
+        run.judged.add((capability, module.__name__))
+        if adapter is None and _wait_elsewhere(run, capability, library, choice.reason, text, supported):
+            return
         if adapter is None:
             outcome = Outcome(capability, library, State.UNSUPPORTED, None, choice.reason, text, supported)
         else:
@@ -151,6 +160,20 @@ def _arrived(run: _Run, capability: str, library: str, module: ModuleType) -> No
         run.outcomes[capability] = outcome
         _complain(run, outcome)
         logger.info("rlpatch: %s", outcome)
+
+
+def _wait_elsewhere(
+    run: _Run, capability: str, library: str, reason: str, found: str | None, supported: tuple[str, ...]
+) -> bool:
+    """No adapter for this module fits; arm on the modules of the others (a version number may have misled)."""
+    for other in reversed(registry.candidates(capability)):
+        if other.probe is None or (capability, other.module) in run.judged:
+            continue
+        why = f"{reason}; until {other.module} is imported"
+        run.outcomes[capability] = Outcome(capability, library, State.WAITING, other.name, why, found, supported)
+        when_imported(other.module, lambda module: _arrived(run, capability, library, module))
+        return True
+    return False
 
 
 def _patch(run: _Run, adapter: Adapter, reason: str, found: str | None, supported: tuple[str, ...]) -> Outcome:

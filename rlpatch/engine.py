@@ -114,12 +114,12 @@ class Engine:
 
     def reset_caches(self) -> None:
         """Forget prefix, multimodal and encoder caches: they describe or live in memory that is about to go away."""
-        self.llm.reset_prefix_cache()
-        for owner in (self.core, self.core.model_executor):
-            for name in ("reset_mm_cache", "reset_encoder_cache"):
-                reset = getattr(owner, name, None)
-                if reset is not None and (owner is self.core or not hasattr(self.core, name)):
-                    reset()
+        front = self.llm.llm_engine
+        front.reset_prefix_cache()
+        front.reset_mm_cache()  # both ends: the front end's cache and the core's mirror each other
+        reset_encoder = getattr(front, "reset_encoder_cache", None) or getattr(self.core, "reset_encoder_cache", None)
+        if reset_encoder is not None:
+            reset_encoder()
 
 
 def synchronize(device: torch.device) -> None:

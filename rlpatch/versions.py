@@ -77,7 +77,8 @@ def _distribution(library: str) -> tuple[str | None, str | None]:
     """(distribution name, version string) that provides `library`; (None, None) when metadata knows of none."""
     for name in DISTRIBUTIONS.get(library, (library,)):
         try:
-            return name, metadata.version(name)
+            # An empty METADATA gives None instead of an error.
+            return name, metadata.version(name) or "none: its METADATA is empty"
         except metadata.PackageNotFoundError:
             continue
         except Exception as error:  # METADATA present but unreadable: report it, do not crash
@@ -100,19 +101,17 @@ def installed(library: str) -> Installed:
     if text is None:
         loaded = getattr(sys.modules.get(library), "__version__", None)
         if loaded is None:
-            return Installed(library, problem="the package is there but no distribution claims it; reinstall it")
+            return Installed(library, problem="the package is there but no distribution claims it")
         text = str(loaded)
     try:
         version = Version(text)
     except InvalidVersion:
-        return Installed(library, name, problem=f"its metadata gives no usable version ({text!r}); reinstall it")
+        return Installed(library, name, problem=f"its metadata gives no usable version ({text!r})")
     if folder is None and library not in sys.modules:
-        return Installed(
-            library, name, version, f"metadata of {name} {text} is there but the package is not; reinstall it"
-        )
+        return Installed(library, name, version, f"metadata of {name} {text} is there but the package is not")
     init = folder / "__init__.py" if folder else None
     if init is not None and not init.exists() and library not in sys.modules:
-        return Installed(library, name, version, f"{folder.name}/__init__.py is missing; reinstall {name}")  # type: ignore[union-attr]
+        return Installed(library, name, version, f"{folder.name}/__init__.py is missing")  # type: ignore[union-attr]
     return Installed(library, name, version)
 
 

@@ -1,9 +1,10 @@
 """CPU backend: keep weights as they were loaded, so that a later write reaches the kernels (0.28 and later).
 
 As in 0.27 (see cpu_weights_v0_27) for linear layers. Experts moved to ``experts/cpu_moe.py``:
-``CPUUnquantizedExperts.process_weights_after_loading`` pads and prepacks ``w13_weight`` and ``w2_weight``, and ``apply``
-hands them to the module's ``cpu_fused_moe``. Here nothing is packed and that function computes in plain torch. In 0.28
-it returns its result; from 0.31 on it writes to ``out``, its first argument.
+``CPUUnquantizedExperts.process_weights_after_loading`` pads and prepacks ``w13_weight`` and ``w2_weight`` (and, in 0.28,
+notes the layer's routing, so it must run), and ``apply`` hands them to the module's ``cpu_fused_moe``. Here packing and
+padding give back what they got, and that function computes in plain torch. In 0.28 it returns its result; from 0.31 on
+it writes to ``out``, its first argument.
 Delete when: vLLM's CPU backend can be told not to prepack.
 """
 
@@ -33,14 +34,19 @@ def _fused(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
     return None
 
 
+def _replace(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    layer, name, new = args[:3]
+    if getattr(layer, name) is new:  # a fresh Parameter would lose weight_loader and its other attributes
+        return None
+    return wrapped(*args, **kwargs)
+
+
 def _patches(context: Context) -> list[Patch]:
     return [
         UNPACKED_LINEAR,
-        Patch(
-            _EXPERTS,
-            "CPUUnquantizedExperts.process_weights_after_loading",
-            lambda wrapped, instance, args, kwargs: None,
-        ),
+        Patch(_EXPERTS, "CPUUnquantizedExperts._pad_moe_intermediate", lambda wrapped, instance, args, kwargs: None),
+        Patch(_EXPERTS, "cpu_prepack_moe_weight", lambda wrapped, instance, args, kwargs: args[0]),
+        Patch(_EXPERTS, "replace_parameter", _replace),
         Patch(_EXPERTS, "cpu_fused_moe", _fused),
     ]
 

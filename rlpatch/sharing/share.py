@@ -286,11 +286,18 @@ class Sharing:
                 f"{entry.slot.name} changed its shape from {tuple(view.shape)} to {tuple(tensor.shape)} after sharing"
             )
         view.copy_(tensor.detach())
+        bytes_needed = tensor.numel() * tensor.element_size()
+        why = None
         if tensor.dtype != view.dtype or tensor.device != view.device:
+            why = f"it was moved to {tensor.dtype} on {tensor.device}"
+        elif tensor.untyped_storage().nbytes() > bytes_needed:  # whoever keeps that buffer goes on writing to it
+            why = "it was moved into a larger buffer by other code"
+        if why is not None:
             self.shared.remove(entry)
-            self.copied[entry.slot.name] = (entry.slot, f"it was moved to {tensor.dtype} on {tensor.device}")
-        else:
-            tensor.data = own_storage(view)
+            self.copied[entry.slot.name] = (entry.slot, why)
+            logger.warning("rlpatch: %s is copied on each sync from now on: %s", entry.slot.name, why)
+            return
+        tensor.data = own_storage(view)
         if "moved" not in self._warned:
             self._warned.add("moved")
             logger.warning(

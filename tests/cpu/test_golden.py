@@ -41,18 +41,23 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
 
 
 def pair(golden: dict[str, Any], scenario: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    for variant in ("plain", "patched"):
+    for variant in ("patched",) if SCENARIOS[scenario].plain_fails else ("plain", "patched"):
         if "error" in golden[variant][scenario]:
             pytest.fail(f"{variant} {scenario}:\n{golden[variant][scenario]['error'][-3000:]}")
     return golden["plain"][scenario], golden["patched"][scenario]
 
 
+COMPARED = [name for name, scenario in SCENARIOS.items() if not scenario.plain_fails]
+
+
 def tolerance(scenario: str) -> float:
     # bf16 noise: two sums of the same numbers in another order differ by parts of 2^-8
-    return 5e-3 if SCENARIOS[scenario].dtype == "bfloat16" else 5e-7
+    if SCENARIOS[scenario].dtype == "bfloat16":
+        return 5e-3
+    return 5e-7 if SCENARIOS[scenario].exact else 2e-5
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", COMPARED)
 def test_metrics_agree(golden: dict[str, Any], scenario: str) -> None:
     plain, patched = pair(golden, scenario)
     assert len(plain["steps"]) == len(patched["steps"]) == SCENARIOS[scenario].steps
@@ -64,11 +69,13 @@ def test_metrics_agree(golden: dict[str, Any], scenario: str) -> None:
             assert b[metric] == pytest.approx(a[metric], abs=tolerance(scenario)), f"step {step} {metric}"
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", list(SCENARIOS))
 def test_policy_is_current(golden: dict[str, Any], scenario: str) -> None:
     """Rollout and trainer log-probs agree after every optimizer step (GPT-2 trains with dropout, which parts them)."""
     if SCENARIOS[scenario].family == "gpt2":
         pytest.skip("dropout parts rollout and trainer log-probs, plain and patched alike")
+    if SCENARIOS[scenario].trainer == "rloo":
+        pytest.skip("RLOO logs no difference of log-probs; its metrics are compared with plain TRL's")
     _, patched = pair(golden, scenario)
     limit = 0.05 if SCENARIOS[scenario].dtype == "bfloat16" else 2e-6
     if SCENARIOS[scenario].config.get("num_iterations", 1) > 1 or "steps_per_generation" in SCENARIOS[scenario].config:
@@ -77,7 +84,7 @@ def test_policy_is_current(golden: dict[str, Any], scenario: str) -> None:
     assert measured and max(measured) < limit
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", COMPARED)
 def test_one_copy_and_no_kv_while_training(golden: dict[str, Any], scenario: str) -> None:
     plain, patched = pair(golden, scenario)
     assert plain["weights_twice_bytes"] > 0 and plain["kv_training_bytes"] > 0
@@ -87,20 +94,31 @@ def test_one_copy_and_no_kv_while_training(golden: dict[str, Any], scenario: str
     assert sharing["shared"] > 0 and sharing["copied"] == {}
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", COMPARED)
 def test_checkpoints_hold_the_same_tensors(golden: dict[str, Any], scenario: str) -> None:
     plain, patched = pair(golden, scenario)
+    assert patched["index"] == plain["index"]  # the same shards, the same total size
+    if not SCENARIOS[scenario].exact:
+        assert plain["saved"].keys() == patched["saved"].keys()
+        return
     for key in ("saved", "saved_by_trainer", "checkpoint", "saved_resumed"):
         assert plain.get(key) == patched.get(key), key
     assert plain["saved"]
-    assert patched["index"] == plain["index"]  # the same shards, the same total size
 
 
-@pytest.mark.parametrize("scenario", [name for name, s in SCENARIOS.items() if s.family not in ("gpt2",)])
+@pytest.mark.parametrize("scenario", [name for name in COMPARED if SCENARIOS[name].family != "gpt2"])
 def test_saving_clones_nothing(golden: dict[str, Any], scenario: str) -> None:
     """Views of one storage would look tied to safetensors and be cloned. (A transposed view has to be laid out anew.)"""
     plain, patched = pair(golden, scenario)
     assert patched["save_copied_bytes"] == plain["save_copied_bytes"]
+
+
+def test_mixtral_trains_where_plain_trl_cannot_push(golden: dict[str, Any]) -> None:
+    """If this fails because plain TRL works now, make the scenario an ordinary one."""
+    assert "There is no module or parameter named" in golden["plain"]["mixtral"]["error"]
+    _, patched = pair(golden, "mixtral")
+    assert patched["status"]["pairs"][-1]["sharing"]["shared"] > 0
+    assert len(patched["steps"]) == 5
 
 
 def test_checkpoint_loads_without_rlpatch(golden: dict[str, Any]) -> None:
@@ -120,6 +138,6 @@ def test_evaluation_and_resume_agree(golden: dict[str, Any]) -> None:
     for a, b in zip(plain["evaluations"], patched["evaluations"], strict=True):
         assert b["eval_loss"] == pytest.approx(a["eval_loss"], abs=5e-7)
         assert b["eval_reward"] == pytest.approx(a["eval_reward"], abs=5e-7)
-    assert len(plain["resumed"]) == 3
+    assert len(plain["resumed"]) == 6  # three steps from the checkpoint's history, three trained anew
     for a, b in zip(plain["resumed"], patched["resumed"], strict=True):
         assert b == pytest.approx(a, abs=5e-7)

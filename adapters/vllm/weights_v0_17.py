@@ -141,7 +141,7 @@ def _probe() -> str | None:
 ADAPTER = Adapter(
     capability="share_weights",
     library="vllm",
-    versions=">=0.12,<0.34",
+    versions=">=0.17,<0.34",
     module="vllm.entrypoints.llm",
     probe=_probe,
     provides=TrainerMemory,
