@@ -64,15 +64,13 @@ def _init_vllm(context: Context, wrapped: Any, generation: Any, args: tuple[Any,
     def settle(pair: Colocation) -> None:
         generation.enable_sleep_mode = pair.upstream_sleep_stays
 
-    # Off while building: TRL would put the engine to sleep at level 2 right after it is built.
+    # Before TRL looks at the flag again, right after construction, to put the engine to sleep at level 2.
     pair.on_joined = settle
     generation._rlpatch_pair = pair
-    generation.enable_sleep_mode = False
     try:
         with pair.build():
             return wrapped(*args, **kwargs)
     except BaseException:
-        generation.enable_sleep_mode = pair.upstream_sleep
         del generation._rlpatch_pair
         raise
 

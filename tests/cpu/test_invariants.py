@@ -27,12 +27,29 @@ def pair_of(trainer: Any) -> phases.Colocation:
     return pair
 
 
-def generate(trainer: Any) -> list[list[int]]:
+LONG = [[5 + (7 * i) % 50 for i in range(70)]]  # fills two blocks of the prefix cache
+
+
+def generate(trainer: Any, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
     """Greedy completions through TRL's own path."""
     generation = trainer.vllm_generation
     generation.temperature = 0.0
-    _, completions, _, _ = generation.generate(prompts=PROMPTS, images=None, num_generations=1)
+    _, completions, _, _ = generation.generate(prompts=prompts, images=None, num_generations=1)
     return [list(ids) for ids in completions]
+
+
+def reference(trainer: Any, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+    """The same, by the trainer's model alone."""
+    completions = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            for _ in range(16):
+                ids = torch.cat([ids, trainer.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+                if ids[0, -1] == 2:
+                    break
+        completions.append(ids[0, len(prompt) :].tolist())
+    return completions
 
 
 def when_loaded(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
@@ -100,16 +117,19 @@ def test_rollouts_follow_the_trainer_without_any_push(trainer_of: Any) -> None:
     trainer.vllm_generation.sync_weights()
     second = generate(trainer)
     assert second != first
-    reference = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            for _ in range(16):
-                ids = torch.cat([ids, trainer.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-                if ids[0, -1] == 2:
-                    break
-        reference.append(ids[0, len(prompt) :].tolist())
-    assert second == reference
+    assert second == reference(trainer)
+
+
+@pytest.mark.parametrize("standby", [True, False])
+def test_cached_prefixes_are_forgotten(trainer_of: Any, standby: bool) -> None:
+    """Cached keys and values describe memory that is gone (standby) and a policy that is not any more (every sync)."""
+    trainer = trainer_of(apply={"standby": standby}, engine={"block_size": 32, "enable_prefix_caching": True})
+    first = generate(trainer, LONG)
+    assert first == reference(trainer, LONG)
+    assert generate(trainer, LONG) == first
+    step(trainer)
+    trainer.vllm_generation.sync_weights()
+    assert generate(trainer, LONG) == reference(trainer, LONG) != first
 
 
 def test_engine_holds_the_trainers_policy_not_the_checkpoints(
@@ -361,6 +381,7 @@ def test_engine_construction_failing_midway(trainer_of: Any, tiny_model: str, mo
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for mine, theirs in zip(models[0].parameters(), reference.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+        assert mine.untyped_storage().resizable()  # memory of its own, not a view of the dead engine's
     assert phases.building() is None and not [
         p for p in phases.live() if p.sharing is not None and not p.sharing.parted
     ]
