@@ -115,7 +115,8 @@ class Colocation:
     @property
     def upstream_sleep_stays(self) -> bool:
         """Whether the trainer's own sleep mode remains in charge: asked for, and the weights are the engine's alone."""
-        return self.upstream_sleep and not self.shares and self.standby is None
+        asked = self.upstream_sleep and self.engine is not None and self.engine.sleep_mode
+        return asked and not self.shares and self.standby is None
 
     @property
     def wants_standby(self) -> bool:
@@ -243,6 +244,9 @@ class Colocation:
         finally:
             if self.sharing is not None:
                 self.sharing.part()
+            self.standby = None
+            if self.on_joined is not None:
+                self.on_joined(self)  # the trainer's own sleep mode may take over again
             _live.discard(self)
 
     def describe(self) -> dict[str, Any]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-
 from rlpatch.engine import Engine, synchronize
 from rlpatch.errors import StandbyError
-from rlpatch.standby import ResizedStorages
+from rlpatch.standby import ResizedStorages, make_room
 
 logger = logging.getLogger("rlpatch")
 
@@ -60,10 +58,10 @@ class PoolAllocations:
             self._out.append(data)
 
     def back(self) -> None:
-        """Map at the same addresses; cached blocks of torch's allocator are given back to the device first."""
+        """Map at the same addresses."""
         from vllm.device_allocator.cumem import create_and_map
 
-        torch.cuda.empty_cache()
+        make_room(self._engine.device, sum(data.handle[1] for data in self._out))
         while self._out:
             create_and_map(self._out[-1].handle)
             data = self._out.pop()

@@ -39,10 +39,9 @@ class NativeStandby:
 
     def restore(self) -> None:
         """Map the ``kv_cache`` tag again; scheduling resumes with it."""
-        if self.engine.device.type != "cpu":
-            import torch
+        from rlpatch.standby import make_room
 
-            torch.accelerator.empty_cache()  # the trainer's cached blocks go back to the device first
+        make_room(self.engine.device, self._bytes)
         self.engine.llm.llm_engine.wake_up(tags=["kv_cache"])
 
     def resident_bytes(self) -> int:

@@ -1,0 +1,198 @@
+"""The promises on a real GPU, with torch.compile and CUDA graphs on: one engine, built once, put through everything.
+
+Skips itself without CUDA. The order of the tests matters little, but they share the pair: each leaves it usable.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs CUDA", allow_module_level=True)
+pytest.importorskip("vllm")
+pytest.importorskip("trl")
+
+import rlpatch  # noqa: E402
+from rlpatch import phases  # noqa: E402
+from rlpatch.demo import tiny, worker  # noqa: E402
+from rlpatch.errors import SharingError, StandbyError  # noqa: E402
+from rlpatch.sharing.account import resident_twice  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+KV = 8 << 30
+PROMPTS = [[5 + (7 * i + j) % 900 for i in range(40)] for j in range(4)]
+SHAPE = dict(
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=8,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=2048,
+)
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    model = tiny.write_model(tmp_path_factory.mktemp("model"), "qwen3", words=4000, dtype="bfloat16", **SHAPE)
+    rlpatch.apply(strict=True)
+    job = worker.Job(
+        str(model),
+        True,
+        steps=4,
+        dtype="bfloat16",
+        engine={"enforce_eager": False, "kv_cache_memory_bytes": KV},
+        config={"vllm_max_model_length": 512, "learning_rate": 1e-5},
+    )
+    yield worker.make_trainer(job)
+    rlpatch.revert()
+
+
+@pytest.fixture
+def pair(trainer: Any) -> phases.Colocation:
+    found = phases.of_engine(trainer.vllm_generation.llm)
+    assert found is not None and found.engine is not None and found.standby is not None
+    return found
+
+
+def generate(trainer: Any) -> list[list[int]]:
+    generation = trainer.vllm_generation
+    generation.temperature, generation.max_completion_length = 0.0, 48
+    _, completions, _, _ = generation.generate(prompts=PROMPTS, images=None, num_generations=1)
+    return [list(ids) for ids in completions]
+
+
+def used() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
+def test_graphs_and_compilation_are_on(trainer: Any, pair: phases.Colocation) -> None:
+    config = trainer.vllm_generation.llm.llm_engine.vllm_config
+    assert not config.model_config.enforce_eager
+    assert "NONE" not in str(config.compilation_config.cudagraph_mode)
+
+
+def test_everything_is_shared(trainer: Any, pair: phases.Colocation) -> None:
+    report = pair.sharing.report()
+    assert len(report.shared) == len(list(trainer.model.parameters())) and not report.copied
+    assert resident_twice(trainer.model, pair.engine.model) == 0
+
+
+def test_addresses_and_policy_over_training(trainer: Any, pair: phases.Colocation) -> None:
+    before = {name: p.data_ptr() for name, p in pair.engine.model.named_parameters()}
+    trainer.train()
+    assert {name: p.data_ptr() for name, p in pair.engine.model.named_parameters()} == before
+    assert resident_twice(trainer.model, pair.engine.model) == 0
+    rows = [row["sampling/sampling_logp_difference/mean"] for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 4 and max(rows) < 0.1
+
+
+def test_rollouts_follow_without_any_push(trainer: Any, pair: phases.Colocation) -> None:
+    first = generate(trainer)
+    old = trainer.model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        trainer.model.lm_head.weight.copy_(old.roll(1, 0))
+    trainer.vllm_generation.sync_weights()
+    second = generate(trainer)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.copy_(old)
+    trainer.vllm_generation.sync_weights()
+    assert second != first
+    assert generate(trainer) == first
+
+
+def test_same_tokens_after_cycles(trainer: Any, pair: phases.Colocation) -> None:
+    pair.standby.restore()
+    resident = [p.data_ptr() for p in pair.engine.kv_tensors()]
+    pair.standby.release()
+    first = generate(trainer)
+    for _ in range(5):
+        assert pair.standby.released
+        assert generate(trainer) == first
+    pair.standby.restore()
+    assert [p.data_ptr() for p in pair.engine.kv_tensors()] == resident
+    pair.standby.release()
+
+
+def test_memory_really_goes_back(pair: phases.Colocation) -> None:
+    out = used()
+    pair.standby.restore()
+    within = used()
+    pair.standby.release()
+    assert within - out > 0.95 * KV
+    assert abs(used() - out) < 64 << 20
+    assert pair.standby.mechanism.resident_bytes() == 0
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_rollout(
+    trainer: Any, pair: phases.Colocation, failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = trainer.vllm_generation.llm
+    expected = generate(trainer)
+    steps = 0
+    original = type(llm.llm_engine).step
+
+    def interrupted(self: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise failure("stop")
+        return original(self)
+
+    monkeypatch.setattr(type(llm.llm_engine), "step", interrupted)
+    with pytest.raises(failure):
+        generate(trainer)
+    monkeypatch.undo()
+    assert pair.standby.released and not llm.llm_engine.has_unfinished_requests()
+    assert generate(trainer) == expected
+
+
+def test_restore_without_memory_is_told_and_can_be_tried_again(trainer: Any, pair: phases.Colocation) -> None:
+    """A real out-of-memory: the device is filled while the KV cache is out."""
+    expected = generate(trainer)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(free - KV // 2, dtype=torch.uint8, device="cuda")
+    before = trainer.model.lm_head.weight.detach().clone()
+    with pytest.raises(StandbyError, match="vllm_gpu_memory_utilization"):
+        generate(trainer)
+    assert pair.standby.released
+    assert torch.equal(before, trainer.model.lm_head.weight)
+    del ballast
+    torch.cuda.empty_cache()
+    assert generate(trainer) == expected
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_no_sleep_level_reaches_shared_weights(trainer: Any, pair: phases.Colocation, level: int) -> None:
+    llm = trainer.vllm_generation.llm
+    before = trainer.model.lm_head.weight.detach().clone()
+    llm.sleep(level=level)
+    assert pair.standby.released
+    with pytest.raises(SharingError):
+        llm.llm_engine.model_executor.sleep(level)
+    llm.wake_up()
+    assert not pair.standby.released
+    pair.standby.release()
+    assert torch.equal(before, trainer.model.lm_head.weight)
+
+
+def test_allocator_options_survive(trainer: Any) -> None:
+    """vLLM [0.20, 0.31) toggles expandable_segments with a bare string, which drops every other option (drift)."""
+    conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if "max_split_size_mb" not in conf:
+        pytest.skip("run with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True,max_split_size_mb:512")
+    settings = torch.cuda.memory._snapshot()["allocator_settings"]
+    assert settings["max_split_size"] == 512 << 20
+    assert settings["expandable_segments"] is True
