@@ -1,0 +1,791 @@
+"""``python -m rlpatch bench``: plain TRL, TRL's sleep mode and rlpatch on the same checkpoint, prompts and seed.
+
+Each variant runs in a fresh process, in alternating order. Written: one JSON document with every step's figures and one
+plot of memory over time. What the phases mean stands in ``rlpatch/bench/run.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rlpatch.bench import shapes
+from rlpatch.bench.run import PHASES, VARIANTS, BenchJob, is_out_of_memory
+
+SCHEMA = 1
+LOG_LINES = 60
+LIBRARIES = ("vllm", "trl", "torch", "transformers", "accelerate", "peft", "triton")
+
+
+class BenchError(Exception):
+    """The bench cannot go on; the message says why."""
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(prog="python -m rlpatch bench", description=__doc__)
+    what = made.add_argument_group("what is trained")
+    what.add_argument("--shape", choices=shapes.NAMES, help="random weights (default: 0.6b on a GPU, else tiny)")
+    what.add_argument("--model", metavar="PATH", help="a checkpoint folder instead of --shape")
+    what.add_argument(
+        "--models", metavar="DIR", help="where --shape keeps checkpoints (default ~/.cache/rlpatch/models)"
+    )
+    what.add_argument("--variants", default=",".join(VARIANTS), metavar="A,B", help="; ".join(
+        f"{name}: {variant.text}" for name, variant in VARIANTS.items()
+    ))  # fmt: skip
+    what.add_argument(
+        "--precision", choices=("object", "script"), default="object",
+        help="object: the trainer gets a bf16 model object; script: the path, which TRL loads in fp32",
+    )  # fmt: skip
+    what.add_argument(
+        "--lora", type=int, default=0, metavar="R", help="LoRA of rank R, all linear layers (default: none)"
+    )
+    what.add_argument("--optim", help="transformers' name of the optimizer (default: its default)")
+    what.add_argument("--learning-rate", type=float, default=1e-6)
+    what.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None)
+    what.add_argument("--seed", type=int, default=0)
+
+    size = made.add_argument_group("how much")
+    size.add_argument("--completions", type=int, default=8, metavar="N", help="per step, all of one prompt (default 8)")
+    size.add_argument("--micro-batch", type=int, metavar="N", help="completions per forward pass (default: all)")
+    size.add_argument("--prompt-tokens", type=int, default=64, metavar="N")
+    size.add_argument("--completion-tokens", type=int, default=256, metavar="N")
+    size.add_argument("--steps", type=int, default=6, metavar="N")
+    size.add_argument(
+        "--warmup", type=int, default=2, metavar="N", help="leading steps left out of medians (default 2)"
+    )
+    size.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each variant: A B C, C B A, …")
+
+    engine = made.add_argument_group("engine and device")
+    engine.add_argument("--kv-gib", type=float, metavar="G", help="KV cache of this size in every variant")
+    engine.add_argument("--utilization", type=float, metavar="U", help="gpu_memory_utilization (default 0.5)")
+    engine.add_argument("--eager", action="store_true", help="no CUDA graphs, no torch.compile")
+    engine.add_argument("--emulate-gib", type=float, metavar="G", help="let the GPU look like one of G GiB")
+
+    sweep = made.add_argument_group("longest completion")
+    sweep.add_argument("--sweep-context", action="store_true", help="search the longest completion each variant trains")
+    sweep.add_argument("--sweep-step", type=int, default=512, metavar="N", help="granularity in tokens (default 512)")
+    sweep.add_argument("--sweep-start", type=int, metavar="N", help="first length tried (default: one step)")
+    sweep.add_argument("--sweep-max", type=int, default=131072, metavar="N", help="tokens (default 131072)")
+    sweep.add_argument("--sweep-seconds", type=float, default=1800, metavar="S", help="per variant (default 1800)")
+    sweep.add_argument("--sweep-utilization", default="0.3,0.5,0.7,0.9", metavar="U,V", help="tried for each variant")
+
+    output = made.add_argument_group("output")
+    output.add_argument("--out", default="bench/results", metavar="DIR")
+    output.add_argument("--name", help="of the files (default SHAPE-vllmVERSION-DATE)")
+    output.add_argument("--logs", metavar="DIR", help="keep each process's log there")
+    output.add_argument("--timeout", type=float, default=1800, metavar="S", help="per process (default 1800)")
+    return made
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Options, checked; ends the process with status 2 on a wrong one."""
+    made = parser()
+    options = made.parse_args(argv)
+
+    def refuse(option: str, why: str) -> None:
+        made.error(f"--{option} {getattr(options, option.replace('-', '_'))}: {why}")
+
+    options.variants = split(options.variants)
+    unknown = [name for name in options.variants if name not in VARIANTS]
+    if unknown or not options.variants:
+        made.error(f"--variants: unknown {', '.join(map(repr, unknown)) or 'empty'}; known are {', '.join(VARIANTS)}")
+    if len(set(options.variants)) < len(options.variants):
+        made.error("--variants: each once; --repeat runs them again")
+    for option, least in {
+        "completions": 2, "prompt-tokens": 1, "completion-tokens": 1, "steps": 1, "warmup": 0, "repeat": 1, "lora": 0,
+        "sweep-step": 1, "sweep-max": 1,
+    }.items():  # fmt: skip
+        if getattr(options, option.replace("-", "_")) < least:
+            refuse(option, f"at least {least}")
+    for option in ("kv-gib", "emulate-gib", "sweep-seconds", "timeout", "learning-rate"):
+        value = getattr(options, option.replace("-", "_"))
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            refuse(option, "more than 0")
+    if options.warmup >= options.steps:
+        refuse("warmup", f"leaves none of {options.steps} steps to measure")
+    options.micro_batch = options.completions if options.micro_batch is None else options.micro_batch
+    if options.micro_batch < 1 or options.completions % options.micro_batch:
+        refuse("micro-batch", f"does not divide --completions {options.completions}")
+    if options.utilization is not None and not 0 < options.utilization <= 1:
+        refuse("utilization", "between 0 and 1")
+    if options.sweep_max < options.sweep_step:
+        refuse("sweep-max", f"less than --sweep-step {options.sweep_step}")
+    options.sweep_start = options.sweep_step if options.sweep_start is None else options.sweep_start
+    if not options.sweep_step <= options.sweep_start <= options.sweep_max:
+        refuse("sweep-start", "between --sweep-step and --sweep-max")
+    try:
+        options.sweep_utilization = [float(text) for text in split(options.sweep_utilization)]
+    except ValueError:
+        refuse("sweep-utilization", "numbers with commas between")
+    if not options.sweep_utilization or not all(0 < u <= 1 for u in options.sweep_utilization):
+        made.error("--sweep-utilization: numbers between 0 and 1")
+    if options.model is not None:
+        if options.shape is not None:
+            made.error("--model and --shape: one of them")
+        if not (Path(options.model) / "config.json").is_file():
+            refuse("model", "no such checkpoint folder (it has no config.json)")
+    if options.name is not None and (Path(options.name).name != options.name or options.name in ("", ".", "..")):
+        refuse("name", "a file name without folders")
+    return options
+
+
+def split(text: str) -> list[str]:
+    """``"a, b"`` → ``["a", "b"]``."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def main(argv: list[str]) -> int:
+    """Run the bench; exit status 0 when every variant ran (or does not exist here), 1 when one failed, 2 on usage."""
+    options = parse(argv)
+    try:
+        with tempfile.TemporaryDirectory(prefix="rlpatch-bench-") as scratch:
+            return _bench(options, argv, Path(scratch))
+    except BenchError as error:
+        print(f"rlpatch bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("rlpatch bench: interrupted", file=sys.stderr)
+        return 1
+
+
+def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> int:
+    from rlpatch.versions import installed
+
+    for library in ("torch", "vllm", "trl", "transformers", "datasets", *(["peft"] if options.lora else [])):
+        found = installed(library)
+        if not found.present:
+            raise BenchError(f"{found}; the bench trains for real and needs it")
+    device = _device()
+    if options.emulate_gib is not None and not device["cuda"]:
+        raise BenchError("--emulate-gib needs a GPU")
+    shape = options.shape or (None if options.model else ("0.6b" if device["cuda"] else shapes.TINY))
+    model = _checkpoint(options, shape, device)
+    job = job_from(options, model)
+    versions = {library: str(installed(library).version) for library in LIBRARIES}
+    title = shape or Path(model).resolve().name
+    name = options.name or re.sub(
+        r"[^\w.-]+", "-", f"{title}-vllm{versions['vllm']}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    )
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "name": name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": "python -m rlpatch bench " + shlex.join(argv),
+        "versions": {"rlpatch": _own_version(), "python": sys.version.split()[0], **versions},
+        "device": {**device, "emulated_gib": options.emulate_gib},
+        "model": title,
+        "job": {k: v for k, v in asdict(job).items() if k not in ("variant", "model", "output")},
+        "variants": {},
+    }
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    runner = Runner(scratch, Path(options.logs) if options.logs else None, options.timeout)
+    with ballast(options.emulate_gib) as held:
+        if held:
+            document["device"]["ballast"] = held
+        if options.sweep_context:
+            failed = _sweep(options, job, runner, document, path)
+        else:
+            failed = _compare(options, job, runner, document, path)
+    print(f"wrote {path}")
+    if not options.sweep_context:
+        from rlpatch.bench import plot
+
+        image = path.with_suffix(".png")
+        problem = plot.draw(document, image)
+        print(f"no plot: {problem}" if problem else f"wrote {image}")
+    return 1 if failed else 0
+
+
+def job_from(options: argparse.Namespace, model: str) -> BenchJob:
+    """The job that all variants share."""
+    utilization = options.utilization
+    if utilization is None:
+        # with the KV cache's size given, utilization is left a mere check at engine start, which the trainer's
+        # own memory can fail
+        utilization = 0.05 if options.kv_gib else 0.5
+    return BenchJob(
+        variant="",
+        model=model,
+        precision=options.precision,
+        steps=options.steps,
+        warmup=options.warmup,
+        seed=options.seed,
+        completions=options.completions,
+        micro_batch=options.micro_batch,
+        prompt_tokens=options.prompt_tokens,
+        completion_tokens=options.completion_tokens,
+        utilization=utilization,
+        kv_bytes=int(options.kv_gib * 2**30) if options.kv_gib else None,
+        eager=options.eager,
+        lora=options.lora,
+        optim=options.optim,
+        learning_rate=options.learning_rate,
+        gradient_checkpointing=options.gradient_checkpointing,
+        emulate_gib=options.emulate_gib,
+    )
+
+
+def order(variants: Sequence[str], repeat: int) -> list[str]:
+    """A B C, C B A, A B C, … so that drift over time favours none."""
+    return [name for turn in range(repeat) for name in (variants if turn % 2 == 0 else list(reversed(variants)))]
+
+
+def _compare(options: argparse.Namespace, job: BenchJob, runner: Runner, document: dict[str, Any], path: Path) -> bool:
+    document["variants"] = {name: {"runs": []} for name in options.variants}
+    turns = order(options.variants, options.repeat)
+    for number, name in enumerate(turns, 1):
+        found = document["variants"][name]
+        if any("skipped" in run for run in found["runs"]):
+            continue
+        found["runs"].append(runner.run(replace(job, variant=name), f"[{number}/{len(turns)}] {name}"))
+        found["summary"] = summarize([run["result"] for run in found["runs"] if "result" in run])
+        write_json(document, path)  # after every process: what was measured outlives whatever comes next
+    print(table(document))
+    failed = any("error" in run for found in document["variants"].values() for run in found["runs"])
+    return failed or not any("result" in run for found in document["variants"].values() for run in found["runs"])
+
+
+# ---- the longest completion ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One trial of the search: `tokens` per completion, and what came of it."""
+
+    tokens: int
+    ok: bool
+    reason: str = ""
+    detail: dict[str, Any] | None = None
+
+
+def longest(
+    trial: Callable[[int], Attempt],
+    *,
+    step: int,
+    most: int,
+    first: int = 0,
+    known: int = 0,
+    in_time: Callable[[], bool] = lambda: True,
+) -> tuple[int, list[Attempt], bool]:
+    """Search the largest multiple of `step` up to `most` that `trial` passes, if passing gets no easier with length.
+
+    Args:
+        first: The length tried first; doubled while trials pass.
+        known: A length known to pass (found under other settings); one more step is tried first, so that settings
+            which cannot do better cost one trial. 0 for none.
+        in_time: Asked before each trial.
+
+    Returns:
+        The best length (`known` when nothing longer passes), the trials, and whether the search was finished.
+    """
+    attempts: list[Attempt] = []
+    low, limit = known // step, most // step
+    high: int | None = None
+    stride = 1 if known else max(1, first // step)
+    while low < limit and (high is None or high - low > 1):
+        if not in_time():
+            return low * step, attempts, False
+        candidate = min(limit, low + stride) if high is None else (low + high) // 2
+        attempt = trial(candidate * step)
+        attempts.append(attempt)
+        if attempt.ok:
+            low, stride = candidate, 2 * stride if known else candidate
+        else:
+            high = candidate
+    return low * step, attempts, True
+
+
+def _sweep(options: argparse.Namespace, job: BenchJob, runner: Runner, document: dict[str, Any], path: Path) -> bool:
+    document["sweep"] = {
+        "step": options.sweep_step,
+        "most": options.sweep_max,
+        "seconds": options.sweep_seconds,
+        "variants": {},
+    }
+    for name in options.variants:
+        document["sweep"]["variants"][name] = _sweep_variant(options, job, runner, name)
+        write_json(document, path)
+    print(sweep_table(document))
+    return any(not found["best"] and not found["skipped"] for found in document["sweep"]["variants"].values())
+
+
+def _sweep_variant(options: argparse.Namespace, job: BenchJob, runner: Runner, name: str) -> dict[str, Any]:
+    deadline = time.monotonic() + options.sweep_seconds
+    found: dict[str, Any] = {"best": 0, "utilization": None, "kv": None, "complete": True, "attempts": []}
+    found["skipped"] = None
+    chosen = [job.utilization] if job.kv_bytes else options.sweep_utilization
+    for utilization in chosen:
+
+        def trial(tokens: int, utilization: float = utilization) -> Attempt:
+            title = f"{name}: {tokens} tokens at {utilization:g}"
+            changes: dict[str, Any] = dict(
+                variant=name, completion_tokens=tokens, utilization=utilization, steps=2, warmup=0
+            )
+            run = runner.run(
+                replace(job, **changes), title, timeout=max(1.0, min(runner.timeout, deadline - time.monotonic()))
+            )
+            if "skipped" in run:
+                found["skipped"] = run["skipped"]
+                return Attempt(tokens, False, f"skipped: {run['skipped']}")
+            if "error" in run:
+                return Attempt(tokens, False, failure(run["error"]), {"error": run["error"]})
+            result = run["result"]
+            detail = {
+                "kv": result["kv"],
+                "step_seconds": [row["seconds"]["step"] for row in result["steps"]],
+                "peak": result["memory"]["peak"],
+            }
+            return Attempt(tokens, True, "", detail)
+
+        best, attempts, complete = longest(
+            trial,
+            step=options.sweep_step,
+            most=options.sweep_max,
+            first=options.sweep_start,
+            known=found["best"],
+            in_time=lambda: time.monotonic() < deadline and found["skipped"] is None,
+        )
+        found["attempts"] += [{"utilization": utilization, **asdict(attempt)} for attempt in attempts]
+        found["complete"] = found["complete"] and complete
+        if best > found["best"]:
+            passed = next(a for a in attempts if a.ok and a.tokens == best)
+            found.update(best=best, utilization=utilization, kv=(passed.detail or {})["kv"])
+        if found["skipped"] is not None:
+            break
+    return found
+
+
+def failure(error: dict[str, Any]) -> str:
+    """One line: what failed where, e.g. ``out of memory in train``."""
+    where = error.get("phase") or error.get("stage") or "start"
+    return f"{'out of memory' if error.get('out_of_memory') else error['text'].splitlines()[0][:160]} in {where}"
+
+
+def sweep_table(document: dict[str, Any]) -> str:
+    """Longest completion per variant, as text."""
+    found = document["sweep"]["variants"]
+    rows = [
+        ["longest completion, tokens", *(str(f["best"]) if not f["skipped"] else "skipped" for f in found.values())]
+    ]
+    rows.append(["at utilization", *(_number(f["utilization"], "g") for f in found.values())])
+    rows.append(["KV tokens there", *(_number((f["kv"] or {}).get("tokens"), ",d") for f in found.values())])
+    rows.append(["trials", *(str(len(f["attempts"])) for f in found.values())])
+    rows.append(["search finished", *("yes" if f["complete"] else "no" for f in found.values())])
+    lines = [render(["", *found], rows)]
+    for name, one in found.items():
+        above = sorted((a for a in one["attempts"] if not a["ok"]), key=lambda a: a["tokens"])
+        if one["skipped"] or above:
+            lines.append(f"{name}: " + (one["skipped"] or f"{above[0]['tokens']} tokens: {above[0]['reason']}"))
+    return "\n".join(lines)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def summarize(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """One variant's repeats in one: medians over all measured steps, extremes of memory over all repeats.
+
+    Returns:
+        None when no run succeeded.
+    """
+    if not results:
+        return None
+    from rlpatch.bench.run import medians
+
+    rows = [row for result in results for row in result["steps"][result["job"]["warmup"] :]]
+    by_phase: dict[str, dict[str, int]] = {}
+    for result in results:
+        for phase, found in result["memory"]["by_phase"].items():
+            row = by_phase.setdefault(phase, {"max": found["max"], "min": found["min"]})
+            row["max"], row["min"] = max(row["max"], found["max"]), min(row["min"], found["min"])
+    kv = results[-1]["kv"]
+
+    def middle(values: list[Any]) -> float | None:
+        numbers = [value for value in values if value is not None]
+        return statistics.median(numbers) if numbers else None
+
+    return {
+        "repeats": len(results),
+        "measured_steps": len(rows),
+        "median": medians(rows, kv.get("bytes")),
+        "kv": kv,
+        "memory": {
+            "by_phase": by_phase,
+            "peak": max((r["memory"]["peak"] for r in results if r["memory"]["peak"] is not None), default=None),
+            "after_release": middle([r["memory"]["after_release"] for r in results]),
+            "engine_extra_bytes": middle([r["memory"]["settled"].get("engine_extra_bytes") for r in results]),
+        },
+        "engine_start_seconds": [result["seconds"].get("engine_start") for result in results],
+        "engine_starts_cold": [bool(result["engine_cache"].get("grew")) for result in results],
+    }
+
+
+def table(document: dict[str, Any]) -> str:
+    """The comparison as text, at most 100 columns wide with three variants."""
+    found = document["variants"]
+    summaries = {name: variant.get("summary") for name, variant in found.items()}
+
+    def cells(read: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [_fate(found[name]) if summary is None else read(summary) for name, summary in summaries.items()]
+
+    def seconds(name: str) -> Callable[[dict[str, Any]], str]:
+        return lambda s: _number(s["median"].get(name), ".4f" if (s["median"].get(name) or 0) < 0.1 else ".3f")
+
+    def memory(read: Callable[[dict[str, Any]], int | None]) -> Callable[[dict[str, Any]], str]:
+        return lambda s: _gib(read(s["memory"]))
+
+    def phase(name: str, extreme: str) -> Callable[[dict[str, Any]], str]:
+        return memory(lambda m: (m["by_phase"].get(name) or {}).get(extreme))
+
+    def ratio(reference: float) -> Callable[[dict[str, Any]], str]:
+        return lambda s: _ratio(s["median"].get("step"), reference)
+
+    labels = {"rollout": "rollout, other"}
+    rows = [[f"{labels.get(name, name)}, s", *cells(seconds(name))] for name in PHASES]
+    rows.append(["step, s", *cells(seconds("step"))])
+    for base in ("trl", "trl-sleep"):
+        reference = ((summaries.get(base) or {}).get("median") or {}).get("step")
+        if reference and len(found) > 1:
+            rows.append([f"step, × {base}", *cells(ratio(reference))])
+    rows += [
+        ["rollout tokens/s", *cells(lambda s: _number(s["median"].get("tokens_per_second"), ",.0f"))],
+        ["logp difference", *cells(lambda s: _number(s["median"].get("logp_difference"), ".3g"))],
+        ["memory: generating, max", *cells(phase("generate", "max"))],
+        ["memory: training, max", *cells(phase("train", "max"))],
+        ["memory: syncing, max", *cells(phase("sync", "max"))],
+        ["memory: after release", *cells(memory(lambda m: m["after_release"]))],
+        ["memory: engine while training", *cells(memory(lambda m: m["engine_extra_bytes"]))],
+        ["KV cache", *cells(lambda s: _gib(s["kv"].get("bytes")))],
+        ["KV blocks × tokens", *cells(lambda s: f"{s['kv'].get('blocks')} × {s['kv'].get('block_size')}")],
+        ["release, ms per GiB of KV", *cells(lambda s: _number(s["median"].get("release_ms_per_gib"), ".2f"))],
+        ["restore, ms per GiB of KV", *cells(lambda s: _number(s["median"].get("restore_ms_per_gib"), ".2f"))],
+        ["engine start, s", *cells(_starts)],
+    ]
+    job, device = document["job"], document["device"]
+    measured = max((s["measured_steps"] for s in summaries.values() if s), default=0)
+    method = f"LoRA r={job['lora']}" if job["lora"] else "full fine-tuning"
+    emulated = f", emulating {device['emulated_gib']:g} GiB" if device["emulated_gib"] else ""
+    head = [
+        f"{document['model']}, {method}, precision {job['precision']}; {device['name']}{emulated}",
+        f"{job['completions']} × {job['completion_tokens']} tokens a step; medians of {measured} steps; "
+        f"vLLM {document['versions']['vllm']}, TRL {document['versions']['trl']}",
+    ]
+    lines = [*head, *([render(["", *found], rows)] if any(summaries.values()) else [])]
+    for name, variant in found.items():
+        for run in variant["runs"]:
+            if "skipped" in run:
+                lines.append(f"{name} skipped: {run['skipped']}")
+            elif "error" in run:
+                lines += [
+                    f"{name} failed: {failure(run['error'])}",
+                    *(f"    {line[:160]}" for line in run["log"][-12:]),
+                ]
+    return "\n".join(lines)
+
+
+def _fate(variant: dict[str, Any]) -> str:
+    return "skipped" if any("skipped" in run for run in variant["runs"]) else "failed"
+
+
+def _starts(summary: dict[str, Any]) -> str:
+    """The median of starts from cache, and of cold ones (vLLM's compile cache grew)."""
+    both = zip(summary["engine_start_seconds"], summary["engine_starts_cold"], strict=True)
+    pairs = [(seconds, cold) for seconds, cold in both if seconds is not None]
+    groups = [("", [s for s, cold in pairs if not cold]), (" cold", [s for s, cold in pairs if cold])]
+    return "; ".join(f"{statistics.median(seconds):.1f}{word}" for word, seconds in groups if seconds) or "–"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _ratio(value: float | None, reference: float) -> str:
+    return "–" if value is None else f"{value / reference:.3f}"
+
+
+def _gib(count: float | None) -> str:
+    if count is None:
+        return "–"
+    return f"{count / 2**30:.2f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def render(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text: the first column left, the others right."""
+    columns = [[heading[i], *(row[i] for row in rows)] for i in range(len(heading))]
+    widths = [max(len(cell) for cell in column) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(heading), "  ".join("─" * width for width in widths), *(line(row) for row in rows)])
+
+
+def write_json(document: dict[str, Any], path: Path) -> None:
+    """Write `document`, replacing numbers that JSON has no word for by null; whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """Runs jobs in fresh processes, one at a time.
+
+    Args:
+        scratch: Folder for logs and trainers' output.
+        logs: Folder in which logs are kept, or None.
+        timeout: Seconds until a process is killed.
+    """
+
+    def __init__(self, scratch: Path, logs: Path | None, timeout: float) -> None:
+        self.scratch, self.timeout = scratch, timeout
+        self.logs = logs or scratch
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.count = 0
+        self.module = "rlpatch.bench.run"
+
+    def run(self, job: BenchJob, title: str, timeout: float | None = None) -> dict[str, Any]:
+        """``{"result": …}``, ``{"skipped": reason}`` or ``{"error": {text, stage, phase, out_of_memory}, "log": […]}``,
+        each with ``seconds``."""
+        self.count += 1
+        log = self.logs / f"{self.count:02d}-{job.variant}.log"
+        outcome: dict[str, Any] = {}
+        stage = "import"
+        start = time.monotonic()
+        with log.open("w") as errors, Progress(title) as progress:
+            process = subprocess.Popen(
+                [sys.executable, "-m", self.module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=_environment(),
+                start_new_session=True,  # what it starts (compile workers) ends with it
+            )
+            assert process.stdin is not None and process.stdout is not None
+            timer = threading.Timer(timeout or self.timeout, _kill, [process])
+            timer.start()
+            try:
+                process.stdin.write(json.dumps(asdict(replace(job, output=str(self.scratch / f"out-{self.count}")))))
+                process.stdin.close()
+                for line in process.stdout:
+                    message = _message(line)
+                    if "stage" in message:
+                        stage = message["stage"]
+                        progress.say(stage)
+                    elif "progress" in message:
+                        progress.say(f"step {message['progress']['step']}/{job.steps}")
+                    outcome.update({k: v for k, v in message.items() if k in ("result", "skipped", "error")})
+                _ended(process)
+            except BrokenPipeError:
+                _ended(process)
+            finally:
+                late = not timer.is_alive()
+                timer.cancel()
+                _end(process)
+            if "result" not in outcome and "skipped" not in outcome:
+                outcome["log"] = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+                if "error" not in outcome:  # it could not say itself
+                    error = _death(process.returncode, late, timeout or self.timeout, stage)
+                    error["out_of_memory"] |= is_out_of_memory("\n".join(outcome["log"]))
+                    outcome["error"] = error
+            progress.end("failed: " + failure(outcome["error"]) if "error" in outcome else
+                         "skipped: " + outcome["skipped"] if "skipped" in outcome else "done")  # fmt: skip
+        outcome["seconds"] = time.monotonic() - start
+        return outcome
+
+
+def _message(line: str) -> dict[str, Any]:
+    if not line.startswith("{"):
+        return {}
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return {}
+
+
+def _death(status: int, late: bool, timeout: float, stage: str) -> dict[str, Any]:
+    if late:
+        text = f"no result after {timeout:.0f} s"
+    elif status < 0:
+        try:
+            text = f"killed by {signal.Signals(-status).name}"
+        except ValueError:
+            text = f"killed by signal {-status}"
+    else:
+        text = f"the process ended with status {status}"
+    # the kernel's way of saying that host memory is full
+    return {"text": text, "stage": stage, "phase": None, "out_of_memory": status == -signal.SIGKILL and not late}
+
+
+def _ended(process: subprocess.Popen[str]) -> None:
+    """Wait for the process's end without reaping it, so that its process group's id stays taken."""
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill the process, unless it has been reaped, and all that it started."""
+    if process.returncode is None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill and reap."""
+    _kill(process)
+    process.wait()
+
+
+def _environment() -> dict[str, str]:
+    from rlpatch.demo.command import _environment, _free_port
+
+    return {**_environment(_free_port()), "PYTHONUNBUFFERED": "1"}
+
+
+class Progress:
+    """A line per process on standard error; rewritten in place on a terminal, else printed again now and then."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.note = "starting"
+        self.terminal = sys.stderr.isatty()
+        self._stop = threading.Event()
+        self._start = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self._print()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+        self._thread.start()
+        return self
+
+    def say(self, note: str) -> None:
+        """What it is doing now."""
+        self.note = note
+
+    def _tick(self) -> None:
+        while not self._stop.wait(0.5 if self.terminal else 30):
+            self._print()
+
+    def _print(self, end: bool = False) -> None:
+        line = f"{self.title}: {self.note} ({time.monotonic() - self._start:.0f} s)"
+        if self.terminal:
+            print(f"\r\x1b[K{line[:160]}", end="\n" if end else "", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def end(self, note: str) -> None:
+        """The last word."""
+        self.note = note
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._print(end=True)
+
+
+@contextmanager
+def ballast(gib: float | None) -> Iterator[dict[str, Any] | None]:
+    """Hold all but `gib` GiB of the device in a process of its own meanwhile; nothing when `gib` is None."""
+    if gib is None:
+        yield None
+        return
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlpatch.bench.ballast", str(gib)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        answer: dict[str, Any] = {}
+        while not answer and (line := process.stdout.readline()):
+            answer = _message(line)
+        if "free" not in answer:
+            raise BenchError(answer.get("error", "the ballast process died"))
+        yield answer
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            _end(process)
+
+
+def _device() -> dict[str, Any]:
+    """Name and size of the device, asked in a process of its own so that torch and its context stay out of this one."""
+    code = (
+        "import json, torch; c = torch.cuda.is_available(); "
+        "print(json.dumps({'cuda': c, 'name': torch.cuda.get_device_name() if c else 'CPU', "
+        "'total_bytes': torch.cuda.get_device_properties(0).total_memory if c else None, "
+        "'cuda_version': torch.version.cuda}))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    found = [message for line in answer.stdout.splitlines() if (message := _message(line))]
+    if not found:
+        raise BenchError(f"torch does not import: {answer.stderr.strip().splitlines()[-1:]}")
+    return found[-1]
+
+
+def _checkpoint(options: argparse.Namespace, shape: str | None, device: dict[str, Any]) -> str:
+    if shape is None:
+        return str(options.model)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parent = Path(options.models) if options.models else cache / "rlpatch" / "models"
+    folder = parent / f"{shape}-{'bf16' if device['cuda'] else 'cpu'}"
+    if not shapes.present(shape, folder):
+        with Progress(f"making {shape} in {folder}") as progress:
+            command = [sys.executable, "-m", "rlpatch.bench.shapes", shape, str(folder)]
+            made = subprocess.run(command, capture_output=True, text=True, env=_environment())
+            progress.end("failed" if made.returncode else "done")
+        if made.returncode:
+            raise BenchError(f"{shape} could not be made:\n{made.stderr[-2000:]}")
+    return str(folder)
+
+
+def _own_version() -> str:
+    import rlpatch
+
+    return rlpatch.__version__

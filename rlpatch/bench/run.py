@@ -1,0 +1,573 @@
+"""One variant of the bench in a process of its own: ``python -m rlpatch.bench.run``, a JSON job in, JSON lines out.
+
+Phases, each wrapped where every variant passes through (``synchronize`` at both ends)::
+
+    step                                    from one on_step_end to the next
+    ├─ sync      VLLMGeneration.sync_weights (TRL's push, waking the engine's weights included)
+    ├─ rollout   VLLMGeneration.generate
+    │  ├─ restore   KVStandby.restore, or LLM.wake_up of the KV cache
+    │  ├─ generate  LLM.generate
+    │  └─ release   KVStandby.release, or LLM.sleep
+    └─ train     everything else: forward, backward, optimizer, rewards, logging
+
+A phase's seconds and memory are its own: what an inner phase takes is not counted in the outer one, so that the columns
+of one step add up to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+PHASES = ("sync", "restore", "generate", "release", "rollout", "train")
+METRICS = {
+    "loss": "loss",
+    "reward": "reward",
+    "grad_norm": "grad_norm",
+    "logp_difference": "sampling/sampling_logp_difference/mean",
+}
+OUT_OF_MEMORY = (
+    "out of memory",
+    "cannot be restored",
+    "no available memory for the cache",
+    "less than desired gpu memory utilization",
+    "larger than the maximum number of tokens",
+    "is needed, which is larger than the available kv cache memory",
+    "cannot allocate memory",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one column of the bench is set up.
+
+    Attributes:
+        apply: Arguments of ``rlpatch.apply``, or None for plain TRL.
+        config: Changes to the trainer's config.
+        sleep: Needs vLLM's sleep mode; skipped where the platform has none.
+        text: For ``--help``.
+    """
+
+    apply: dict[str, Any] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    sleep: bool = False
+    text: str = ""
+
+
+VARIANTS = {
+    "trl": Variant(text="plain TRL, its engine resident all the time"),
+    "trl-sleep": Variant(config={"vllm_enable_sleep_mode": True}, sleep=True, text="plain TRL with its sleep mode"),
+    "rlpatch": Variant(apply={}, text="rlpatch.apply(), nothing else changed"),
+}
+
+
+@dataclass
+class BenchJob:
+    """What one process measures.
+
+    Attributes:
+        variant: Key of `VARIANTS`.
+        model: Checkpoint folder.
+        precision: ``"object"``: a bf16 model object (fp32 on CPU); ``"script"``: the path, as plain scripts give it.
+        steps: Optimizer steps.
+        warmup: Leading steps left out of medians and of memory by phase.
+        completions: Completions per step, all of one prompt.
+        micro_batch: Completions per forward pass; gradients are accumulated over the rest.
+        prompt_tokens: Tokens of each prompt.
+        completion_tokens: Tokens of every completion (the end-of-sequence token is ignored).
+        utilization: vLLM's gpu_memory_utilization.
+        kv_bytes: Size of the KV cache in bytes, or None: what `utilization` gives.
+        eager: No CUDA graphs, no torch.compile.
+        lora: Rank of a LoRA on all linear layers; 0 is full fine-tuning.
+        optim: transformers' name of the optimizer, or None for its default.
+        learning_rate: Constant.
+        gradient_checkpointing: None for TRL's default.
+        emulate_gib: The card's seeming size; a ballast process holds the rest.
+        interval: Seconds between samples of memory.
+        output: The trainer's output folder, or None for one under the system's temporary folder.
+    """
+
+    variant: str
+    model: str
+    precision: str = "object"
+    steps: int = 6
+    warmup: int = 2
+    seed: int = 0
+    completions: int = 8
+    micro_batch: int = 8
+    prompt_tokens: int = 64
+    completion_tokens: int = 256
+    utilization: float = 0.5
+    kv_bytes: int | None = None
+    eager: bool = False
+    lora: int = 0
+    optim: str | None = None
+    learning_rate: float = 1e-6
+    gradient_checkpointing: bool | None = None
+    emulate_gib: float | None = None
+    interval: float = 0.01
+    output: str | None = None
+
+
+class Skipped(Exception):
+    """This variant does not exist here; the message says why."""
+
+
+class BenchRun:
+    """One job, measured. `stage` says what it was doing when it failed."""
+
+    def __init__(self, job: BenchJob, emit: Callable[[str, Any], None] = lambda kind, value: None) -> None:
+        import torch
+
+        from rlpatch.bench.memory_watch import Clock, MemoryWatch
+
+        self.job, self.emit = job, emit
+        self.variant = VARIANTS[job.variant]
+        self.cuda = torch.cuda.is_available()
+        self.clock = Clock(torch.cuda.synchronize if self.cuda else lambda: None)
+        self.stage = "import"
+        self.watch = MemoryWatch(job.interval, self.clock)
+        self.clock.on_edge = self.watch.sample
+        self.seconds: dict[str, float] = {}
+        self.kv: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.spans: list[tuple[float, float]] = []
+        self.tokens = 0
+        self.after_release: dict[str, int] = {}
+        self.baseline = 0
+        self.trainer: Any = None
+
+    # ---- before ------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Set up, train, and return the result as plain data.
+
+        Raises:
+            Skipped: the variant does not exist on this platform.
+        """
+        origin = time.perf_counter()
+        self._prepare()
+        try:
+            self._enter("load")
+            self._build()
+            self._enter("train")
+            self.training_from = time.perf_counter()
+            self.trainer.train()
+            self.training_until = time.perf_counter()
+            self._enter("settle")
+            result = self._result(origin)
+        finally:
+            self.watch.stop()
+        return result
+
+    def _enter(self, stage: str) -> None:
+        self.stage = stage
+        self.emit("stage", stage)
+
+    def _prepare(self) -> None:
+        import torch
+
+        import rlpatch
+        from rlpatch.bench.ballast import scale_totals
+
+        job, cuda = self.job, self.cuda
+        if self.variant.sleep:
+            from vllm.platforms import current_platform
+
+            if not current_platform.is_sleep_mode_available():
+                raise Skipped(f"vLLM has no sleep mode on {current_platform.device_name}")
+        if cuda:
+            if job.emulate_gib:
+                scale_totals(job.emulate_gib).apply()
+            torch.empty(1, device="cuda")
+            torch.cuda.synchronize()
+        self.baseline = self.watch.used()
+        self.cache: dict[str, bool] = {}
+        self.watch.start()
+        # Before rlpatch's own wrapper of the constructor, hence inside of it: the KV cache is read before its release.
+        self._patches("engine clock", [("vllm.entrypoints.llm", "LLM.__init__", self._engine_start)])
+        if self.variant.apply is not None:
+            rlpatch.apply(**self.variant.apply)
+        elif not cuda:  # plain TRL cannot push weights into the packed ones of vLLM's CPU backend
+            rlpatch.apply(include=["cpu_weights"])
+        import trl.generation.vllm_generation
+
+        from rlpatch import standby as standby_module
+
+        # After rlpatch's, hence around them: what its wrappers cost is counted.
+        self._patches("bench clock", [
+            (trl.generation.vllm_generation.__name__, "VLLMGeneration.sync_weights", self._as_phase("sync")),
+            (trl.generation.vllm_generation.__name__, "VLLMGeneration.generate", self._rollout),
+            ("vllm.entrypoints.llm", "LLM.generate", self._generate),
+            ("vllm.entrypoints.llm", "LLM.sleep", self._sleep),
+            ("vllm.entrypoints.llm", "LLM.wake_up", self._wake_up),
+            (standby_module.__name__, "KVStandby.release", self._as_phase("release")),
+            (standby_module.__name__, "KVStandby.restore", self._as_phase("restore")),
+        ])  # fmt: skip
+
+    @staticmethod
+    def _patches(name: str, targets: list[tuple[str, str, Any]]) -> None:
+        from rlpatch.patching import Patch, PatchSet
+
+        PatchSet(name, [Patch(*target) for target in targets]).apply()
+
+    # ---- clocks ------------------------------------------------------------------------------------------------
+
+    def _as_phase(self, name: str) -> Any:
+        def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with self.clock.phase(name):
+                return wrapped(*args, **kwargs)
+
+        return wrapper
+
+    def _engine_start(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from rlpatch.bench.memory_watch import ENGINE_START
+        from rlpatch.engine import Engine
+
+        self._enter("engine start")
+        before = _compiled()
+        start = time.perf_counter()
+        with self.clock.phase(ENGINE_START):
+            result = wrapped(*args, **kwargs)
+        self.seconds["engine_start"] = time.perf_counter() - start
+        self.cache = {"was_empty": not before, "grew": bool(_compiled() - before)}
+        cache = instance.llm_engine.vllm_config.cache_config
+        try:
+            tensors = Engine(instance).kv_tensors()
+        except AttributeError as error:  # the figures are worth having without it
+            print(f"the KV cache's size is unknown: {error}", file=sys.stderr)
+            tensors = []
+        blocks, size = getattr(cache, "num_gpu_blocks", None), getattr(cache, "block_size", None)
+        self.kv = {
+            "bytes": sum(tensor.untyped_storage().nbytes() for tensor in tensors) or None,
+            "allocations": len(tensors),
+            "blocks": blocks,
+            "block_size": size,
+            "tokens": blocks * size if blocks and size else None,
+        }
+        self.emit("engine", {"seconds": self.seconds["engine_start"], **self.kv})
+        return result
+
+    def _rollout(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.stage = "rollout"
+        with self.clock.phase("rollout"):
+            result = wrapped(*args, **kwargs)
+        self.stage = "train"
+        self.after_release = self._reading()
+        return result
+
+    def _generate(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.clock.phase("generate"):
+            outputs = wrapped(*args, **kwargs)
+        self.tokens += sum(len(one.token_ids) for output in outputs for one in output.outputs)
+        return outputs
+
+    def _sleep(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if int(kwargs.get("level", args[0] if args else 1)) < 1:
+            return wrapped(*args, **kwargs)
+        with self.clock.phase("release"):
+            return wrapped(*args, **kwargs)
+
+    def _wake_up(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tags = kwargs.get("tags", args[0] if args else None)
+        if tags is not None and "kv_cache" not in tags:  # waking the weights belongs to the sync that asks for it
+            return wrapped(*args, **kwargs)
+        with self.clock.phase("restore"):
+            return wrapped(*args, **kwargs)
+
+    def _reading(self) -> dict[str, int]:
+        """Bytes used right now, and what torch has allocated and keeps cached on the device."""
+        import torch
+
+        reading = {"used": self.watch.used()}
+        if self.cuda:
+            allocated = torch.cuda.memory_allocated()
+            reading["torch_allocated"] = allocated
+            reading["torch_cached"] = torch.cuda.memory_reserved() - allocated
+        return reading
+
+    # ---- the trainer -------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        import tempfile
+
+        import torch
+        import trl
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+        from rlpatch.demo.worker import engine_defaults, reward_target_words
+
+        job = self.job
+        set_seed(job.seed)
+        prompts, longest = make_prompts(AutoTokenizer.from_pretrained(job.model), job.prompt_tokens)
+        length = -(-(longest + job.completion_tokens) // 16) * 16
+        start = time.perf_counter()
+        model: Any = job.model
+        if job.precision == "object":
+            model = AutoModelForCausalLM.from_pretrained(
+                job.model, dtype=torch.bfloat16 if self.cuda else torch.float32
+            )
+        self.seconds["load"] = time.perf_counter() - start
+        settings: dict[str, Any] = dict(
+            output_dir=job.output or tempfile.mkdtemp(prefix="rlpatch-bench-"),
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_gpu_memory_utilization=job.utilization,
+            vllm_max_model_length=length,
+            per_device_train_batch_size=job.micro_batch,
+            gradient_accumulation_steps=job.completions // job.micro_batch,
+            num_generations=job.completions,
+            max_completion_length=job.completion_tokens,
+            generation_kwargs={"ignore_eos": True},
+            learning_rate=job.learning_rate,
+            lr_scheduler_type="constant",
+            max_steps=job.steps,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            seed=job.seed,
+            bf16=self.cuda,
+            use_cpu=not self.cuda,
+            disable_tqdm=True,
+        )  # fmt: skip
+        if job.optim:
+            settings["optim"] = job.optim
+        if job.gradient_checkpointing is not None:
+            settings["gradient_checkpointing"] = job.gradient_checkpointing
+        settings.update(self.variant.config)
+        arguments: dict[str, Any] = {}
+        if job.lora:
+            from peft import LoraConfig
+
+            arguments["peft_config"] = LoraConfig(
+                r=job.lora, lora_alpha=2 * job.lora, target_modules="all-linear", task_type="CAUSAL_LM"
+            )
+        engine: dict[str, Any] = {"enforce_eager": job.eager}
+        if job.kv_bytes:
+            engine["kv_cache_memory_bytes"] = job.kv_bytes
+        if not self.cuda:  # dtype "auto" would make bf16 of an fp32 checkpoint there
+            engine["dtype"] = "float32"
+        elif job.precision == "object":
+            engine["dtype"] = "bfloat16"
+        defaults = engine_defaults(**engine)
+        defaults.apply()
+        start = time.perf_counter()
+        try:
+            self.trainer = trl.GRPOTrainer(
+                model=model,
+                args=trl.GRPOConfig(**settings),
+                reward_funcs=reward_target_words,
+                train_dataset=Dataset.from_dict({"prompt": prompts}),
+                callbacks=[self._callback()],
+                **arguments,
+            )
+        finally:
+            defaults.revert()
+        self.seconds["trainer"] = time.perf_counter() - start
+
+    def _callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        run = self
+
+        class Steps(TrainerCallback):
+            """A step lasts from one on_step_end to the next."""
+
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                run.clock.synchronize()
+                run.clock.step = 0
+                self.began = time.perf_counter()
+                self.tokens = run.tokens
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                run.clock.synchronize()
+                now = time.perf_counter()
+                run.rows.append(run.row(now - self.began, run.tokens - self.tokens))
+                run.spans.append((self.began, now))
+                run.emit("progress", {"step": len(run.rows), "seconds": now - self.began})
+                run.clock.step += 1
+                self.began, self.tokens = now, run.tokens
+
+        return Steps()
+
+    def row(self, step_seconds: float, tokens: int) -> dict[str, Any]:
+        """One step's figures; the phases' seconds add up to the step's."""
+        own = self.clock.seconds(self.clock.step)
+        seconds = {name: own.get(name, 0.0) for name in PHASES if name != "train"}
+        seconds["train"] = step_seconds - sum(own.values())
+        return {
+            "seconds": {**seconds, "step": step_seconds},
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds["generate"] if seconds["generate"] else None,
+            "after_release": self.after_release,
+        }
+
+    # ---- after -------------------------------------------------------------------------------------------------
+
+    def _settled(self) -> dict[str, Any]:
+        """Device memory after training, caches given back, against what the trainer holds; None on CPU.
+
+        ``engine_extra_bytes`` = used − the context of an idle process − the trainer's live tensors (parameters in
+        whole storages, gradients, buffers, optimizer state). With shared weights it is what the engine holds beyond
+        them: graphs, workspaces, metadata, NCCL and the trainer's own workspaces too. Without sharing it includes the
+        engine's weights, and the KV cache wherever these are resident while training.
+        """
+        if not self.cuda:
+            return {"used": self.watch.used(), "trainer_bytes": None, "engine_extra_bytes": None}
+        import gc
+
+        import torch
+
+        from rlpatch.sharing.account import resident_bytes
+
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        trainer = self.trainer
+        tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+        tensors += [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        state = getattr(trainer.optimizer, "state", None) or {}
+        tensors += [t for values in state.values() for t in values.values() if isinstance(t, torch.Tensor)]
+        live = resident_bytes(t for t in tensors if t.is_cuda)
+        reading = self._reading()
+        return {
+            **reading,
+            "trainer_bytes": live,
+            "engine_extra_bytes": reading["used"] - self.baseline - live,
+        }
+
+    def _result(self, origin: float) -> dict[str, Any]:
+        import torch
+
+        import rlpatch
+        from rlpatch.bench.memory_watch import memory_by_phase, timeline
+
+        try:
+            settled = self._settled()
+        except Exception as error:  # the measurements proper are complete
+            settled = {"error": f"{type(error).__name__}: {error}"}
+        self.watch.stop()
+        samples, intervals = self.watch.samples, self.clock.intervals
+        logged = [row for row in self.trainer.state.log_history if "loss" in row]
+        for index, (row, (begin, end)) in enumerate(zip(self.rows, self.spans, strict=True)):
+            row["memory_peak"] = max((used for moment, used in samples if begin <= moment <= end), default=None)
+            log = logged[index] if index < len(logged) else {}
+            row["metrics"] = {name: log.get(key) for name, key in METRICS.items()}
+        measured, spans = self.rows[self.job.warmup :], self.spans[self.job.warmup :]
+        since, until = (spans[0][0], spans[-1][1]) if spans else (self.training_from, self.training_until)
+        status = None if self.variant.apply is None else rlpatch.status().as_dict()
+        return {
+            "job": asdict(self.job),
+            "device": torch.cuda.get_device_name() if self.cuda else "CPU",
+            "seconds": {**self.seconds, "training": self.training_until - self.training_from},
+            "engine_cache": self.cache,
+            "kv": self.kv,
+            "steps": self.rows,
+            "median": medians(measured, self.kv.get("bytes")),
+            "memory": {
+                "baseline": self.baseline,
+                "engine_start_peak": max((u for t, u in samples if t < self.training_from), default=None),
+                "peak": max((u for t, u in samples if t >= self.training_from), default=None),
+                "by_phase": memory_by_phase(samples, intervals, since, until),
+                "after_release": min((row["after_release"]["used"] for row in measured), default=None),
+                "settled": settled,
+                "watch_error": self.watch.error,
+            },
+            "timeline": {
+                **timeline(samples, intervals, origin, self.training_from),
+                "steps": [[round(begin - origin, 4), round(end - origin, 4)] for begin, end in self.spans],
+                "warmup": self.job.warmup,
+            },
+            "status": status,
+        }
+
+
+def medians(rows: list[dict[str, Any]], kv_bytes: int | None) -> dict[str, Any]:
+    """Medians over steps: seconds per phase and step, tokens/s, logp difference; release and restore in ms per GiB."""
+    if not rows:
+        return {}
+
+    def middle(values: list[Any]) -> float | None:
+        numbers = [value for value in values if value is not None]
+        return statistics.median(numbers) if numbers else None
+
+    found: dict[str, Any] = {name: middle([row["seconds"].get(name) for row in rows]) for name in (*PHASES, "step")}
+    found["tokens_per_second"] = middle([row["tokens_per_second"] for row in rows])
+    found["logp_difference"] = middle([row.get("metrics", {}).get("logp_difference") for row in rows])
+    for name in ("release", "restore"):
+        seconds = found[name]
+        found[f"{name}_ms_per_gib"] = 1e3 * seconds / (kv_bytes / 2**30) if seconds and kv_bytes else None
+    return found
+
+
+def make_prompts(tokenizer: Any, tokens: int, count: int = 64) -> tuple[list[str], int]:
+    """`count` different texts of `tokens` tokens each, and the longest's real length in tokens.
+
+    With the word tokenizer of `rlpatch.bench.shapes` they are exact; others may merge across the cut.
+    """
+    known = tokenizer.get_vocab()
+    words = [f"w{i}" for i in range(58)] if "w57" in known else ["time", "green", "under", "seven", "paper", "light"]
+    prompts = []
+    for i in range(count):
+        text = " ".join(words[(7 * i + 3 * j + (j // 5) * i) % len(words)] for j in range(tokens))
+        prompts.append(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]))
+    return prompts, max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+
+
+def _compiled() -> set[str]:
+    """Entries of vLLM's compile cache (under ``VLLM_CACHE_ROOT``); new ones after a start mean that it was a cold one."""
+    root = os.environ.get("VLLM_CACHE_ROOT") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vllm"
+    )
+    folder = Path(root) / "torch_compile_cache"
+    return {str(path) for pattern in ("*", "*/*") for path in folder.glob(pattern)}
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Whether an error's text says that memory did not suffice, in the words of torch, vLLM or rlpatch."""
+    return any(phrase in text.lower() for phrase in OUT_OF_MEMORY)
+
+
+def main() -> int:
+    """Read a job, print JSON lines: ``stage``, ``engine``, ``progress``, then ``result``, ``skipped`` or ``error``."""
+    out = sys.stdout
+    sys.stdout = sys.stderr  # libraries print; the lines below are for the parent
+    job = BenchJob(**json.load(sys.stdin))
+
+    def emit(kind: str, value: Any) -> None:
+        print(json.dumps({kind: value}), file=out, flush=True)
+
+    bench: BenchRun | None = None
+    try:
+        bench = BenchRun(job, emit)
+        emit("result", bench.run())
+    except Skipped as reason:
+        emit("skipped", str(reason))
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {error}"
+        chain = text + " ".join(f" {e!r}" for e in (error.__cause__, error.__context__) if e is not None)
+        emit("error", {
+            "text": text[:2000],
+            "stage": bench.stage if bench else "import",
+            "phase": bench.clock.failed_in if bench else None,
+            "out_of_memory": is_out_of_memory(chain) or isinstance(error, MemoryError),
+        })  # fmt: skip
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # interpreter shutdown of a colocated engine can hang in NCCL; everything is written already

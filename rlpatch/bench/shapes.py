@@ -1,0 +1,113 @@
+"""Checkpoints of published shapes with random weights: ``python -m rlpatch.bench.shapes SHAPE FOLDER``.
+
+Memory and speed do not depend on what the weights say, so these stand in for the real ones on hosts that reach no model
+hub. Made in bfloat16, on the GPU when there is one (8b: under 20 s on an H200). ``tiny`` is the demo's model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 151_936
+# The published 40,960 would bound `--sweep-context`; rotary tables are all that grows (34 MB for 132 Ki positions).
+POSITIONS = 132 * 1024
+TINY = "tiny"
+# Qwen3, dense: all have 8 KV heads of 128
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.6b": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, tied=True),
+    "1.7b": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, tied=True),
+    "4b": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, tied=True),
+    "8b": dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, tied=False),
+    "14b": dict(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40, tied=False),
+    "32b": dict(hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64, tied=False),
+}
+NAMES = (TINY, *SHAPES)
+_MARKER = "rlpatch-shape.json"
+
+
+def present(shape: str, folder: Path) -> bool:
+    """Whether `folder` holds a finished checkpoint of `shape`."""
+    try:
+        return bool(json.loads((folder / _MARKER).read_text()) == _identity(shape))
+    except (OSError, ValueError):
+        return False
+
+
+def _identity(shape: str) -> dict[str, Any]:
+    return {"shape": shape, "positions": POSITIONS, "format": 1}
+
+
+def write(shape: str, folder: str | Path, seed: int = 0) -> bool:
+    """Make the checkpoint of `shape` in `folder` unless it is there already.
+
+    Returns:
+        Whether it was made.
+
+    Raises:
+        KeyError: no such shape.
+    """
+    folder = Path(folder)
+    if present(shape, folder):
+        return False
+    (folder / _MARKER).unlink(missing_ok=True)
+    import torch
+
+    from rlpatch.demo import tiny
+
+    if shape == TINY:
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        tiny.write_model(folder, seed=seed, dtype=dtype, max_position_embeddings=POSITIONS)
+    else:
+        _write_qwen3(SHAPES[shape], folder, seed)
+    (folder / _MARKER).write_text(json.dumps(_identity(shape)))  # last: an unfinished folder is not `present`
+    return True
+
+
+def _write_qwen3(shape: dict[str, Any], folder: Path, seed: int) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from rlpatch.demo import tiny
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny.write_tokenizer(folder, VOCABULARY - 3)
+    fields = {k: v for k, v in shape.items() if k != "tied"}
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=POSITIONS,
+        rope_theta=1e6,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=shape["tied"],
+        dtype="bfloat16",
+        **fields,
+    )
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = Qwen3ForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.save_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 2 or arguments[0] not in NAMES:
+        print(f"usage: python -m rlpatch.bench.shapes {{{','.join(NAMES)}}} FOLDER", file=sys.stderr)
+        return 2
+    made = write(arguments[0], arguments[1])
+    print(f"{arguments[0]}: {'made' if made else 'already'} in {arguments[1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""The bench's own arithmetic and its conduct around processes; no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlpatch.bench import command, plot, shapes
+from rlpatch.bench.command import Attempt, Runner
+from rlpatch.bench.memory_watch import Clock, Interval, decimate, innermost_over_time, memory_by_phase, timeline
+from rlpatch.bench.run import VARIANTS, BenchJob, is_out_of_memory, medians
+
+GIB = 2**30
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--variants", "trl,other"], "unknown 'other'"),
+        (["--variants", ","], "known are trl, trl-sleep, rlpatch"),
+        (["--variants", "trl,trl"], "--repeat"),
+        (["--steps", "2"], "--warmup 2: leaves none of 2 steps"),
+        (["--completions", "1"], "--completions 1: at least 2"),
+        (["--micro-batch", "3"], "--micro-batch 3: does not divide --completions 8"),
+        (["--utilization", "1.5"], "--utilization 1.5: between 0 and 1"),
+        (["--kv-gib", "0"], "--kv-gib 0.0: more than 0"),
+        (["--sweep-utilization", "0.3,x"], "--sweep-utilization"),
+        (["--sweep-max", "100"], "--sweep-max 100: less than --sweep-step 512"),
+        (["--sweep-start", "100"], "--sweep-start 100: between"),
+        (["--model", "/nowhere"], "--model /nowhere: no such checkpoint folder"),
+        (["--shape", "9b"], "invalid choice"),
+        (["--name", "a/b"], "--name a/b: a file name without folders"),
+    ],
+)
+def test_wrong_options_end_with_status_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_defaults() -> None:
+    options = command.parse([])
+    job = command.job_from(options, "folder")
+    assert options.variants == list(VARIANTS)
+    assert (job.completions, job.micro_batch, job.utilization, job.kv_bytes) == (8, 8, 0.5, None)
+    with_kv = command.job_from(command.parse(["--kv-gib", "2"]), "folder")
+    assert with_kv.kv_bytes == 2 * GIB
+    assert with_kv.utilization < 0.1  # it only gates the engine's start then
+    assert command.job_from(command.parse(["--kv-gib", "2", "--utilization", "0.4"]), "").utilization == 0.4
+
+
+def test_order_alternates() -> None:
+    assert command.order(["a", "b", "c"], 3) == list("abccbaabc")
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+def oracle(limit: int, trials: list[int]) -> Any:
+    def trial(tokens: int) -> Attempt:
+        trials.append(tokens)
+        return Attempt(tokens, tokens <= limit)
+
+    return trial
+
+
+LIMITS = (0, 511, 512, 1023, 1024, 5000, 77_777, 131_071, 131_072, 10**9)
+
+
+@pytest.mark.parametrize("first", [0, 512, 4096, 100_000])
+@pytest.mark.parametrize(
+    ("limit", "known"), [(limit, known) for limit in LIMITS for known in (0, 512, 4096) if known <= limit]
+)
+def test_search_finds_the_longest_multiple(limit: int, known: int, first: int) -> None:
+    trials: list[int] = []
+    best, attempts, complete = command.longest(oracle(limit, trials), step=512, most=131_072, first=first, known=known)
+    assert complete
+    assert best == min(limit, 131_072) // 512 * 512
+    assert len(trials) == len(set(trials)) == len(attempts) <= 18
+
+
+def test_settings_that_do_no_better_cost_one_trial() -> None:
+    trials: list[int] = []
+    assert command.longest(oracle(5000, trials), step=512, most=131_072, known=8192)[0] == 8192
+    assert trials == [8704]
+
+
+def test_search_ends_with_the_time() -> None:
+    trials: list[int] = []
+    best, _, complete = command.longest(oracle(10**9, trials), step=512, most=131_072, in_time=lambda: len(trials) < 3)
+    assert (best, complete, trials) == (2048, False, [512, 1024, 2048])
+
+
+# ---- clock and memory ------------------------------------------------------------------------------------------------
+
+
+def test_clock_counts_each_second_once() -> None:
+    clock = Clock()
+    clock.step = 0
+    with clock.phase("rollout"):
+        time.sleep(0.01)
+        with clock.phase("generate"):
+            time.sleep(0.02)
+            with clock.phase("generate"):  # the same name again is the same phase
+                assert clock.innermost == "generate"
+    own = clock.seconds(0)
+    outer = next(i for i in clock.intervals if i.name == "rollout")
+    assert [i.name for i in clock.intervals] == ["generate", "rollout"]
+    assert own["rollout"] + own["generate"] == pytest.approx(outer.end - outer.start)
+    assert own["generate"] >= 0.02 and own["rollout"] >= 0.01
+    assert clock.seconds(1) == {}
+    assert clock.innermost == "train"
+
+
+def test_clock_names_the_innermost_phase_that_failed() -> None:
+    calls: list[str] = []
+    clock = Clock(lambda: calls.append("synchronize"))
+    with pytest.raises(MemoryError), clock.phase("rollout"), clock.phase("restore"):
+        raise MemoryError
+    assert clock.failed_in == "restore"
+    assert [i.name for i in clock.intervals] == ["restore", "rollout"]
+    assert len(calls) == 2  # at the beginnings; a failed device is not asked again
+
+
+INTERVALS = [
+    Interval("sync", 1.0, 2.0, 1.0, 0, 0),
+    Interval("generate", 3.0, 4.0, 1.0, 1, 0),
+    Interval("release", 4.0, 5.0, 1.0, 1, 0),
+    Interval("rollout", 2.0, 5.0, 1.0, 0, 0),
+]
+
+
+def test_innermost_over_time() -> None:
+    changes = innermost_over_time(INTERVALS)
+    assert [name for _, name in changes if _ > 0][-1] == "train"
+    by_phase = memory_by_phase(
+        [(0.5, 1), (1.5, 2), (2.5, 3), (3.5, 4), (4.5, 5), (5.5, 6), (9.0, 99)], INTERVALS, 0.0, 8.0
+    )
+    assert {name: (row["min"], row["max"]) for name, row in by_phase.items()} == {
+        "train": (1, 6), "sync": (2, 2), "rollout": (3, 3), "generate": (4, 4), "release": (5, 5),
+    }  # fmt: skip
+
+
+def test_decimation_keeps_extremes() -> None:
+    samples = [(float(i), 1000 if i == 777 else 0 if i == 4242 else 500) for i in range(10_000)]
+    kept = decimate(samples, 100)
+    assert len(kept) <= 100
+    assert {used for _, used in kept} == {0, 500, 1000}
+    assert kept == sorted(kept)
+    assert decimate(samples[:50], 100) == samples[:50]
+    found = timeline(samples, INTERVALS, origin=0.0, training=5000.0)
+    assert len(found["seconds"]) == len(found["mib"]) <= 2000
+    assert [phase[0] for phase in found["phases"]] == ["sync", "rollout", "generate", "release"]
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def result(step: float, warmup: int = 1, peak: int = 10 * GIB) -> dict[str, Any]:
+    seconds = {"sync": 0.1, "restore": 0.01, "generate": 1.0, "release": 0.02, "rollout": 0.0, "train": step - 1.13}
+    rows = [
+        {
+            "seconds": {**seconds, "step": step if i >= warmup else 99.0},
+            "tokens": 2048,
+            "tokens_per_second": 2048.0,
+            "after_release": {"used": 4 * GIB},
+            "metrics": {"logp_difference": 0.01 * (i + 1)},
+        }
+        for i in range(warmup + 3)
+    ]
+    return {
+        "job": {"warmup": warmup},
+        "steps": rows,
+        "kv": {"bytes": 2 * GIB, "blocks": 128, "block_size": 16, "tokens": 2048},
+        "seconds": {"engine_start": 15.0},
+        "engine_cache": {"was_empty": False, "grew": False},
+        "memory": {
+            "by_phase": {"train": {"max": peak, "min": 1, "samples": 3}, "generate": {"max": peak, "min": 2, "samples": 3}},
+            "peak": peak,
+            "after_release": 4 * GIB,
+            "settled": {"engine_extra_bytes": GIB // 2},
+        },
+        "timeline": {
+            "seconds": [0.0, 1.0, 2.0], "mib": [1.0, 2.0, 1.0], "phases": [["generate", 0.5, 1.0, 0, 1]],
+            "training": 0.0, "steps": [[0.0, 0.4], [0.4, 2.0]], "warmup": 1,
+        },
+    }  # fmt: skip
+
+
+def document(**variants: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": "n", "model": "8b", "job": {"lora": 0, "precision": "object", "completions": 8, "completion_tokens": 256},
+        "device": {"name": "GPU", "emulated_gib": 80.0}, "versions": {"vllm": "0", "trl": "1"}, "variants": variants,
+    }  # fmt: skip
+
+
+def test_medians_leave_warmup_out_and_scale_by_kv() -> None:
+    found = command.summarize([result(2.0), result(4.0, peak=12 * GIB)])
+    assert found is not None
+    assert found["measured_steps"] == 6
+    assert found["median"]["step"] == 3.0
+    assert found["median"]["release_ms_per_gib"] == pytest.approx(10.0)
+    assert found["median"]["restore_ms_per_gib"] == pytest.approx(5.0)
+    assert found["median"]["logp_difference"] == pytest.approx(0.03)
+    assert found["memory"]["by_phase"]["train"] == {"max": 12 * GIB, "min": 1}
+    assert command.summarize([]) is None
+    assert medians([], None) == {}
+
+
+def test_table_holds_every_fate() -> None:
+    error = {"text": "OutOfMemoryError: CUDA out of memory", "stage": "train", "phase": None, "out_of_memory": True}
+    base, fast = result(2.0), result(1.5)
+    text = command.table(
+        document(
+            **{
+                "trl": {"runs": [{"result": base}], "summary": command.summarize([base])},
+                "trl-sleep": {"runs": [{"skipped": "no sleep mode here"}], "summary": None},
+                "rlpatch": {"runs": [{"result": fast}], "summary": command.summarize([fast])},
+                "other": {"runs": [{"error": error, "log": ["last words"]}], "summary": None},
+            }
+        )
+    )
+    assert max(map(len, text.splitlines())) <= 100
+    assert "emulating 80 GiB" in text
+    ratio = next(line for line in text.splitlines() if line.startswith("step, × trl "))
+    assert ratio.split()[3:] == ["1.000", "skipped", "0.750", "failed"]
+    assert "trl-sleep skipped: no sleep mode here" in text
+    assert "other failed: out of memory in train" in text and "last words" in text
+    assert "128 × 16" in text and "15.0" in text
+
+
+def test_json_is_strict_and_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    command.write_json({"a": float("nan"), "b": [float("inf"), 1], "c": (1, 2)}, path)
+    assert json.loads(path.read_text()) == {"a": None, "b": [None, 1], "c": [1, 2]}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_out_of_memory_in_three_languages() -> None:
+    assert is_out_of_memory("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
+    assert is_out_of_memory("the KV cache cannot be restored: …")
+    assert is_out_of_memory("(9 GiB KV cache is needed, which is larger than the available KV cache memory (1 GiB)")
+    assert not is_out_of_memory("ValueError: no such layer")
+
+
+def test_plot_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    runs = {"trl": {"runs": [{"result": result(2.0)}]}}
+    problem = plot.draw(document(**runs), tmp_path / "x.png")
+    assert problem is not None and "matplotlib is not installed" in problem
+    assert plot.draw(document(trl={"runs": []}), tmp_path / "x.png") == "no variant has a timeline"
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runs = {name: {"runs": [{"result": result(2.0)}]} for name in ("trl", "rlpatch")}
+    assert plot.draw(document(**runs), tmp_path / "x.png") is None
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+JOB = BenchJob(variant="trl", model="m")
+
+
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Runner:
+    """A runner whose process runs `body` instead of the bench."""
+    (tmp_path / "bench_child.py").write_text("import json, os, sys, time\njob = json.load(sys.stdin)\n" + body)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    runner = Runner(tmp_path / "scratch", None, timeout=30)
+    runner.module = "bench_child"
+    return runner
+
+
+def test_result_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "print('noise'); print(json.dumps({'stage': 'train'})); print(json.dumps({'result': {'got': job['model']}}))"
+    run = child(tmp_path, monkeypatch, body).run(JOB, "t")
+    assert run["result"] == {"got": "m"} and "error" not in run
+
+
+def test_error_keeps_the_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = (
+        "print('boom', file=sys.stderr)\n"
+        "print(json.dumps({'error': {'text': 'X: y', 'stage': 'train', 'phase': 'sync', 'out_of_memory': False}}))\n"
+        "sys.exit(1)"
+    )
+    run = child(tmp_path, monkeypatch, body).run(JOB, "t")
+    assert command.failure(run["error"]) == "X: y in sync"
+    assert run["log"] == ["boom"]
+
+
+def test_death_by_signal_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "print(json.dumps({'stage': 'engine start'}), flush=True); os.kill(os.getpid(), 11)"
+    run = child(tmp_path, monkeypatch, body).run(JOB, "t")
+    assert run["error"]["text"] == "killed by SIGSEGV"
+    assert run["error"]["stage"] == "engine start"
+    assert not run["error"]["out_of_memory"]
+
+
+def test_death_that_can_only_be_read_from_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = child(tmp_path, monkeypatch, "print('CUDA Error: out of memory', file=sys.stderr); os._exit(3)").run(JOB, "t")
+    assert run["error"]["text"] == "the process ended with status 3"
+    assert run["error"]["out_of_memory"]
+
+
+def test_a_stuck_process_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "import subprocess; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    start = time.monotonic()
+    run = child(tmp_path, monkeypatch, body).run(JOB, "t", timeout=1.5)
+    assert time.monotonic() - start < 20
+    assert run["error"]["text"] == "no result after 2 s" and not run["error"]["out_of_memory"]
+
+
+def test_shape_marker(tmp_path: Path) -> None:
+    assert not shapes.present("8b", tmp_path)
+    (tmp_path / "rlpatch-shape.json").write_text(json.dumps(shapes._identity("8b")))
+    assert shapes.present("8b", tmp_path) and not shapes.present("4b", tmp_path)
+    assert shapes.write("8b", tmp_path) is False  # nothing is made, nothing heavy imported
+    assert shapes.main(["9b", str(tmp_path)]) == 2
