@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ENGINE_START = "engine start"
+LOAD = "load weights"
 TRAIN = "train"
 SETUP = "setup"
 

@@ -142,6 +142,8 @@ class BenchRun:
         self.tokens = 0
         self.after_release: dict[str, int] = {}
         self.baseline = 0
+        self.engine_held: int | None = None
+        self.load: dict[str, int] = {}
         self.trainer: Any = None
 
     # ---- before ------------------------------------------------------------------------------------------------
@@ -192,7 +194,11 @@ class BenchRun:
         self.cache: dict[str, bool] = {}
         self.watch.start()
         # Before rlpatch's own wrapper of the constructor, hence inside of it: the KV cache is read before its release.
-        self._patches("engine clock", [("vllm.entrypoints.llm", "LLM.__init__", self._engine_start)])
+        loader = "vllm.model_executor.model_loader.base_loader"
+        self._patches("engine clock", [
+            ("vllm.entrypoints.llm", "LLM.__init__", self._engine_start),
+            (loader, "BaseModelLoader.load_model", self._load),
+        ])  # fmt: skip
         if self.variant.apply is not None:
             rlpatch.apply(**self.variant.apply)
         elif not cuda:  # plain TRL cannot push weights into the packed ones of vLLM's CPU backend
@@ -203,6 +209,7 @@ class BenchRun:
 
         # After rlpatch's, hence around them: what its wrappers cost is counted.
         self._patches("bench clock", [
+            (trl.generation.vllm_generation.__name__, "VLLMGeneration._init_vllm", self._init_vllm),
             (trl.generation.vllm_generation.__name__, "VLLMGeneration.sync_weights", self._as_phase("sync")),
             (trl.generation.vllm_generation.__name__, "VLLMGeneration.generate", self._rollout),
             ("vllm.entrypoints.llm", "LLM.generate", self._generate),
@@ -254,6 +261,46 @@ class BenchRun:
         }
         self.emit("engine", {"seconds": self.seconds["engine_start"], **self.kv})
         return result
+
+    def _load(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from rlpatch.bench.memory_watch import LOAD
+        from rlpatch.sharing.account import resident_bytes
+
+        before = self.watch.used()
+        with self.clock.phase(LOAD):
+            model = wrapped(*args, **kwargs)
+        self.load = {"before": before, "weights": resident_bytes(model.parameters())}
+        return model
+
+    def _load_memory(self, samples: Any, intervals: Any) -> dict[str, Any] | None:
+        """Bytes while the engine's weights were loaded: used before, peak above that, and the weights themselves."""
+        from rlpatch.bench.memory_watch import LOAD
+
+        spans = [(i.start, i.end) for i in intervals if i.name == LOAD]
+        if not self.load or not spans:
+            return None
+        inside = [used for moment, used in samples for start, end in spans if start <= moment <= end]
+        seconds = sum(end - start for start, end in spans)
+        return {**self.load, "peak_above": max(inside, default=0) - self.load["before"], "seconds": seconds}
+
+    def _init_vllm(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the engine holds once it is built and, where the variant does that, asleep or in standby."""
+        before = self._settled()
+        result = wrapped(*args, **kwargs)
+        self.engine_held = self._settled() - before
+        return result
+
+    def _settled(self) -> int:
+        """Bytes used with garbage collected and torch's cached blocks given back."""
+        import gc
+
+        gc.collect()
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        return self.watch.used()
 
     def _rollout(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.stage = "rollout"
@@ -412,48 +459,12 @@ class BenchRun:
 
     # ---- after -------------------------------------------------------------------------------------------------
 
-    def _settled(self) -> dict[str, Any]:
-        """Device memory after training, caches given back, against what the trainer holds; None on CPU.
-
-        ``engine_extra_bytes`` = used − the context of an idle process − the trainer's live tensors (parameters in
-        whole storages, gradients, buffers, optimizer state). With shared weights it is what the engine holds beyond
-        them: graphs, workspaces, metadata, NCCL and the trainer's own workspaces too. Without sharing it includes the
-        engine's weights, and the KV cache wherever these are resident while training.
-        """
-        if not self.cuda:
-            return {"used": self.watch.used(), "trainer_bytes": None, "engine_extra_bytes": None}
-        import gc
-
-        import torch
-
-        from rlpatch.sharing.account import resident_bytes
-
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        trainer = self.trainer
-        tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
-        tensors += [p.grad for p in trainer.model.parameters() if p.grad is not None]
-        state = getattr(trainer.optimizer, "state", None) or {}
-        tensors += [t for values in state.values() for t in values.values() if isinstance(t, torch.Tensor)]
-        live = resident_bytes(t for t in tensors if t.is_cuda)
-        reading = self._reading()
-        return {
-            **reading,
-            "trainer_bytes": live,
-            "engine_extra_bytes": reading["used"] - self.baseline - live,
-        }
-
     def _result(self, origin: float) -> dict[str, Any]:
         import torch
 
         import rlpatch
         from rlpatch.bench.memory_watch import memory_by_phase, timeline
 
-        try:
-            settled = self._settled()
-        except Exception as error:  # the measurements proper are complete
-            settled = {"error": f"{type(error).__name__}: {error}"}
         self.watch.stop()
         samples, intervals = self.watch.samples, self.clock.intervals
         logged = [row for row in self.trainer.state.log_history if "loss" in row]
@@ -478,7 +489,8 @@ class BenchRun:
                 "peak": max((u for t, u in samples if t >= self.training_from), default=None),
                 "by_phase": memory_by_phase(samples, intervals, since, until),
                 "after_release": min((row["after_release"]["used"] for row in measured), default=None),
-                "settled": settled,
+                "engine_held": self.engine_held,
+                "load": self._load_memory(samples, intervals),
                 "watch_error": self.watch.error,
             },
             "timeline": {

@@ -187,7 +187,8 @@ def result(step: float, warmup: int = 1, peak: int = 10 * GIB) -> dict[str, Any]
             "by_phase": {"train": {"max": peak, "min": 1, "samples": 3}, "generate": {"max": peak, "min": 2, "samples": 3}},
             "peak": peak,
             "after_release": 4 * GIB,
-            "settled": {"engine_extra_bytes": GIB // 2},
+            "engine_held": GIB // 2,
+            "load": {"before": 0, "weights": GIB, "peak_above": GIB, "seconds": 1.0},
         },
         "timeline": {
             "seconds": [0.0, 1.0, 2.0], "mib": [1.0, 2.0, 1.0], "phases": [["generate", 0.5, 1.0, 0, 1]],
