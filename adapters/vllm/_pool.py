@@ -59,18 +59,34 @@ class PoolAllocations:
 
     def back(self) -> None:
         """Map at the same addresses."""
-        from vllm.device_allocator.cumem import create_and_map
-
         make_room(self._engine.device, sum(data.handle[1] for data in self._out))
-        while self._out:
-            create_and_map(self._out[-1].handle)
-            data = self._out.pop()
-            _mark(data, False)
-            self._mapped.append(data)
+        map_all(self._out)
+        self._mapped, self._out = self._out, []
 
     def resident_bytes(self) -> int:
         """Bytes mapped for the KV cache now."""
         return sum(data.handle[1] for data in self._mapped)
+
+
+def map_all(allocations: list[Any]) -> None:
+    """Map every one of the pool's `allocations` at its address, or none: if memory runs out, what was mapped goes back.
+
+    Raises:
+        RuntimeError: the driver's error.
+    """
+    from vllm.device_allocator.cumem import create_and_map, unmap_and_release
+
+    done: list[Any] = []
+    try:
+        for data in allocations:
+            create_and_map(data.handle)
+            done.append(data)
+    except BaseException:
+        for data in done:
+            unmap_and_release(data.handle)
+        raise
+    for data in done:
+        _mark(data, False)
 
 
 def _mark(data: Any, asleep: bool) -> None:

@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument("--kv-gib", type=float, metavar="G", help="KV cache of this size in every variant")
     engine.add_argument("--utilization", type=float, metavar="U", help="gpu_memory_utilization (default 0.5)")
     engine.add_argument("--eager", action="store_true", help="no CUDA graphs, no torch.compile")
+    engine.add_argument(
+        "--no-phase-sync", action="store_true", help="wait for the device at the end of steps only, not of phases"
+    )
     engine.add_argument("--emulate-gib", type=float, metavar="G", help="let the GPU look like one of G GiB")
 
     sweep = made.add_argument_group("longest completion")
@@ -240,6 +243,7 @@ def job_from(options: argparse.Namespace, model: str) -> BenchJob:
         utilization=utilization,
         kv_bytes=int(options.kv_gib * 2**30) if options.kv_gib else None,
         eager=options.eager,
+        phase_sync=not options.no_phase_sync,
         lora=options.lora,
         optim=options.optim,
         learning_rate=options.learning_rate,

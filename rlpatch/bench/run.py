@@ -85,6 +85,8 @@ class BenchJob:
         utilization: vLLM's gpu_memory_utilization.
         kv_bytes: Size of the KV cache in bytes, or None: what `utilization` gives.
         eager: No CUDA graphs, no torch.compile.
+        phase_sync: Wait for the device at the edges of phases, so that each pays for its own work; without, only steps
+            do, and work of one phase may overlap the next as it does in ordinary training.
         lora: Rank of a LoRA on all linear layers; 0 is full fine-tuning.
         optim: transformers' name of the optimizer, or None for its default.
         learning_rate: Constant.
@@ -107,6 +109,7 @@ class BenchJob:
     utilization: float = 0.5
     kv_bytes: int | None = None
     eager: bool = False
+    phase_sync: bool = True
     lora: int = 0
     optim: str | None = None
     learning_rate: float = 1e-6
@@ -131,7 +134,8 @@ class BenchRun:
         self.job, self.emit = job, emit
         self.variant = VARIANTS[job.variant]
         self.cuda = torch.cuda.is_available()
-        self.clock = Clock(torch.cuda.synchronize if self.cuda else lambda: None)
+        self.synchronize = torch.cuda.synchronize if self.cuda else lambda: None
+        self.clock = Clock(self.synchronize if job.phase_sync else lambda: None)
         self.stage = "import"
         self.watch = MemoryWatch(job.interval, self.clock)
         self.clock.on_edge = self.watch.sample
@@ -429,13 +433,13 @@ class BenchRun:
             """A step lasts from one on_step_end to the next."""
 
             def on_train_begin(self, *_: Any, **__: Any) -> None:
-                run.clock.synchronize()
+                run.synchronize()
                 run.clock.step = 0
                 self.began = time.perf_counter()
                 self.tokens = run.tokens
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                run.clock.synchronize()
+                run.synchronize()
                 now = time.perf_counter()
                 run.rows.append(run.row(now - self.began, run.tokens - self.tokens))
                 run.spans.append((self.began, now))
