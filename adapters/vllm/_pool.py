@@ -59,7 +59,7 @@ class PoolAllocations:
 
     def back(self) -> None:
         """Map at the same addresses."""
-        make_room(self._engine.device, sum(data.handle[1] for data in self._out))
+        make_room(self._engine.device)
         map_all(self._out)
         self._mapped, self._out = self._out, []
 

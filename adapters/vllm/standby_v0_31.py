@@ -6,7 +6,7 @@ first and an engine at rest: called right after ``generate()`` it raises "requir
 finished ids are not flushed and, with asynchronous scheduling, a batch is still in ``batch_queue``; `rlpatch.standby`
 drains before it calls. Back: ``LLM.wake_up(tags=["kv_cache"])``, which resumes scheduling once all is resident.
 On CUDA ``CuMemAllocator.wake_up`` collects the whole process's garbage and empties torch's cache before it maps, 0.1 s
-with a trainer's heap (8B, H200); while our restore runs it only maps, and room is made when there is too little.
+with a trainer's heap (8B, H200); while our restore runs it only maps.
 On CPU ``CPUWorker.discard`` raises "Selective discard is not supported on CPU." and ``CPUWorker.wake_up`` does nothing;
 there the two are wrapped so that the KV storages are resized to nothing and back, and the process's memory really falls.
 Delete when: the oldest supported vLLM is 0.31 and its release drains by itself; then the trainer can call it directly.
@@ -47,7 +47,7 @@ class NativeStandby:
         """Map the ``kv_cache`` tag again; scheduling resumes with it."""
         from rlpatch.standby import make_room
 
-        make_room(self.engine.device, self._bytes)
+        make_room(self.engine.device)
         token = _restoring.set(True)
         try:
             self.engine.llm.llm_engine.wake_up(tags=["kv_cache"])
