@@ -5,8 +5,6 @@ caches) → ``Executor.discard(("kv_cache",))`` → ``Worker.discard``: weights 
 first and an engine at rest: called right after ``generate()`` it raises "requires a completed pause first", because
 finished ids are not flushed and, with asynchronous scheduling, a batch is still in ``batch_queue``; `rlpatch.standby`
 drains before it calls. Back: ``LLM.wake_up(tags=["kv_cache"])``, which resumes scheduling once all is resident.
-On CUDA ``CuMemAllocator.wake_up`` collects the whole process's garbage and empties torch's cache before it maps, 0.1 s
-with a trainer's heap (8B, H200); while our restore runs it only maps.
 On CPU ``CPUWorker.discard`` raises "Selective discard is not supported on CPU." and ``CPUWorker.wake_up`` does nothing;
 there the two are wrapped so that the KV storages are resized to nothing and back, and the process's memory really falls.
 Delete when: the oldest supported vLLM is 0.31 and its release drains by itself; then the trainer can call it directly.
@@ -15,7 +13,6 @@ The CPU part: when vLLM's CPU worker implements discard.
 
 from __future__ import annotations
 
-import contextvars
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +22,6 @@ from rlpatch.registry import Adapter, Context
 
 if TYPE_CHECKING:
     from rlpatch.engine import Engine
-
-
-_restoring: contextvars.ContextVar[bool] = contextvars.ContextVar("rlpatch_restoring", default=False)
 
 
 class NativeStandby:
@@ -48,11 +42,7 @@ class NativeStandby:
         from rlpatch.standby import make_room
 
         make_room(self.engine.device)
-        token = _restoring.set(True)
-        try:
-            self.engine.llm.llm_engine.wake_up(tags=["kv_cache"])
-        finally:
-            _restoring.reset(token)
+        self.engine.llm.llm_engine.wake_up(tags=["kv_cache"])
 
     def resident_bytes(self) -> int:
         """Bytes of KV memory that are backed right now."""
@@ -63,21 +53,8 @@ class NativeStandby:
 
 
 def _patches(context: Context) -> list[Patch]:
-    return _cpu_patches() if on_cpu() else [Patch("vllm.device_allocator.cumem", "CuMemAllocator.wake_up", _wake_up)]
-
-
-def _wake_up(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from vllm.platforms import current_platform
-
-    if not _restoring.get() or not current_platform.is_cuda():
-        return wrapped(*args, **kwargs)
-    from rlpatch.adapters.vllm._pool import map_all
-
-    map_all([data for data in instance.pointer_to_data.values() if data.is_asleep and data.tag == "kv_cache"])
-    return None
-
-
-def _cpu_patches() -> list[Patch]:
+    if not on_cpu():
+        return []
     from rlpatch import phases
     from rlpatch.standby import ResizedStorages
 
