@@ -186,7 +186,15 @@ def _patch(run: _Run, adapter: Adapter, reason: str, found: str | None, supporte
     if adapter.native:
         return outcome(State.NATIVE, reason or "upstream does it")
     if adapter.patches is not None:
-        patch_set = PatchSet(adapter.name, adapter.patches(run.context))
+
+        def changed(late: PatchSet) -> None:
+            """A module that came later did not fit: the set rolled itself back, and that must not pass for applied."""
+            if late.state == "failed" and run.outcomes[adapter.capability].state is State.APPLIED:
+                run.outcomes[adapter.capability] = outcome(State.FAILED, str(late.error))
+                run.context.providers.pop(adapter.capability, None)
+                logger.warning("rlpatch: %s; %s stays as it was", run.outcomes[adapter.capability], adapter.library)
+
+        patch_set = PatchSet(adapter.name, adapter.patches(run.context), on_change=changed)
         try:
             patch_set.apply()
         except Exception as error:

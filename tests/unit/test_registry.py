@@ -181,3 +181,24 @@ def test_report_is_data() -> None:
     assert rlpatch.status().applied is False
     with pytest.raises(KeyError):
         rlpatch.status()["standby"]
+
+
+def test_a_patch_that_fails_at_a_later_import_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set rolls back by itself; its outcome must turn from applied to failed."""
+    import importlib
+
+    from rlpatch.patching import Patch
+
+    name = f"rlpatch_late_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    late = Adapter(
+        "thing", "lib", ">=1,<2", module="lib", name="lib/thing", patches=lambda context: [Patch(name, "gone", print)]
+    )
+    run = control._Run(settings.resolve(**RESOLVE), registry.Context())
+    run.outcomes["thing"] = control._patch(run, late, "", "1.0", (">=1,<2",))
+    assert run.outcomes["thing"].state is State.APPLIED
+    importlib.import_module(name)
+    assert run.outcomes["thing"].state is State.FAILED and "gone" in run.outcomes["thing"].reason
+    assert "thing" not in run.context.providers
