@@ -24,6 +24,7 @@ def apply(
     standby: bool | None = None,
     share_weights: bool | None = None,
     defaults: bool | None = None,
+    lora: str | None = None,
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str | None = None,
     strict: bool | None = None,
@@ -35,6 +36,9 @@ def apply(
             ``UNSLOTH_VLLM_STANDBY``, then True.
         share_weights: One copy of the weights for trainer and engine. None: ``RLPATCH_SHARE_WEIGHTS``, then True.
         defaults: Config fix-ups for fields left at their default. None: ``RLPATCH_DEFAULTS``, then True.
+        lora: How a LoRA reaches the engine. ``"fold"``: folded into the shared weights for each rollout and taken out
+            again bit for bit; ``"slots"``: through vLLM's own LoRA kernels; ``"merge"``: TRL's merge, push and unmerge;
+            ``"auto"``: the fold where it is exact, else slots, else merge. None: ``RLPATCH_LORA``, then ``"auto"``.
         include: Only these capabilities (names as in `status`). None: ``RLPATCH_INCLUDE`` (comma-separated), then all.
         exclude: Never these. None: ``RLPATCH_EXCLUDE``.
         strict: Releases that no adapter serves are an error. None: ``RLPATCH_STRICT``, then False (a warning).
@@ -52,6 +56,7 @@ def apply(
         standby=standby,
         share_weights=share_weights,
         defaults=defaults,
+        lora=lora,
         include=include,
         exclude=exclude,
         strict=strict,

@@ -91,7 +91,8 @@ def apply(**arguments: Any) -> Report:
                 return status()
             logger.info("rlpatch: settings changed; reverting and applying anew")
             revert()
-        run = _Run(settings, Context(standby=settings.wants("standby"), share_weights=settings.wants("share_weights")))
+        context = Context(settings.wants("standby"), settings.wants("share_weights"), settings.lora)
+        run = _Run(settings, context)
         try:
             for capability, library in known.items():
                 _start(run, capability, library)
@@ -122,6 +123,7 @@ def _start(run: _Run, capability: str, library: str) -> None:
         state = State.SKIPPED if found.version is None and found.problem is None else State.UNSUPPORTED
         outcome = Outcome(capability, library, state, None, choice.reason, _text(found), choice.supported)
         run.outcomes[capability] = outcome
+        run.context.reasons[capability] = outcome.reason
         _complain(run, outcome)
         return
     run.outcomes[capability] = Outcome(
@@ -158,6 +160,8 @@ def _arrived(run: _Run, capability: str, library: str, module: ModuleType) -> No
         else:
             outcome = _patch(run, adapter, choice.reason, text, supported)
         run.outcomes[capability] = outcome
+        if capability not in run.context.providers:
+            run.context.reasons[capability] = outcome.reason
         _complain(run, outcome)
         logger.info("rlpatch: %s", outcome)
 
@@ -272,7 +276,7 @@ def status() -> Report:
 @contextlib.contextmanager
 def patched(**settings: Any) -> Iterator[Report]:
     """See `rlpatch.patched`."""
-    arguments = dict.fromkeys(("standby", "share_weights", "defaults", "include", "exclude", "strict"))
+    arguments = dict.fromkeys(("standby", "share_weights", "defaults", "lora", "include", "exclude", "strict"))
     unknown = set(settings) - set(arguments)
     if unknown:
         raise TypeError(f"patched() got an unexpected argument {sorted(unknown)[0]!r}; it takes what apply() takes")

@@ -64,6 +64,11 @@ class Engine:
         """Whether it was built with vLLM's sleep mode (its memory then comes from vLLM's pool)."""
         return bool(getattr(self.llm.llm_engine.model_config, "enable_sleep_mode", False))
 
+    @property
+    def lora_slots(self) -> bool:
+        """Whether it was built with vLLM's LoRA engine."""
+        return getattr(self.llm.llm_engine.vllm_config, "lora_config", None) is not None
+
     # ---- the KV cache ------------------------------------------------------------------------------------------
 
     def kv_tensors(self) -> list[torch.Tensor]:

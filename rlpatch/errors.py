@@ -29,3 +29,7 @@ class SharingError(RlpatchError):
 
 class MatrixError(RlpatchError):
     """compat_matrix.yaml is missing, malformed, or disagrees with tox.ini."""
+
+
+class FoldError(RlpatchError):
+    """A LoRA cannot be folded into its base, or the base could not be brought back bit for bit; names the weight."""

@@ -16,6 +16,20 @@ from typing import Any
 
 from rlpatch.engine import Engine
 from rlpatch.errors import StandbyError, UsageError
+from rlpatch.lora.policy import (
+    FOLD,
+    MERGE,
+    SLOTS,
+    FoldPolicy,
+    LoraChoice,
+    Policy,
+    SlotPolicy,
+    cannot_slot,
+    checkpoint_reader,
+    choose,
+)  # fmt: skip
+from rlpatch.lora.slots import Slots, rank_of
+from rlpatch.lora.target import Adaptation, in_one_line
 from rlpatch.registry import Context
 from rlpatch.sharing.share import Renamer, Sharing, Slot
 from rlpatch.standby import KVStandby
@@ -76,6 +90,11 @@ class Colocation:
         standby_refusal: Why its KV cache is not released between rollouts, or None.
         upstream_sleep: The user asked for the trainer's own sleep mode.
         on_joined: Called when the engine is complete and it is known what is shared.
+
+    Attributes:
+        adapters: Reads the trainer's adapters (``providers["lora"]`` of its model), or None when it has none.
+        lora: How they reach the engine.
+        policy: Puts them in place around each rollout; None without adapters, and where TRL merges.
     """
 
     context: Context
@@ -87,9 +106,13 @@ class Colocation:
     on_joined: Callable[[Colocation], None] | None = None
     engine: Engine | None = None
     sharing: Sharing | None = None
+    adapters: Any = None
+    lora: LoraChoice | None = None
+    policy: Policy | None = None
     standby: KVStandby | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"sync": 0.0})
     number: int = 0
+    _rolling: bool = False
 
     def __post_init__(self) -> None:
         self.number = 1 + max((pair.number for pair in _live), default=0)
@@ -122,6 +145,92 @@ class Colocation:
     def wants_standby(self) -> bool:
         """Whether the KV cache shall be released between rollouts."""
         return self.standby_refusal is None
+
+    @property
+    def lora_request(self) -> Any:
+        """What every generation must carry for the engine to use the adapters' slots, or None."""
+        return self.policy.request if isinstance(self.policy, SlotPolicy) else None
+
+    @property
+    def pushes(self) -> bool:
+        """Whether `sync` is what brings the policy to the engine; else TRL's own push does."""
+        return self.shares or self.policy is not None
+
+    # ---- adapters ----------------------------------------------------------------------------------------------
+
+    def adapt(self, model: Any, *, quantized: bool = False) -> None:
+        """Decide how the adapters of `model` reach the engine; before it is built, or for one that shares already.
+
+        Raises:
+            UsageError: a setting asks for what would lose the adapters (see `rlpatch.lora.policy.choose`).
+        """
+        reader = self.context.providers.get("lora")
+        if reader is None:
+            why = self.context.reasons.get("lora", "")
+            self.lora = LoraChoice(MERGE, f"no adapter reads this PEFT {why}".strip(), fell_back=True)
+        else:
+            self.adapters = reader(model)
+            adaptation = self.adapters.read()
+            self.lora = choose(
+                self.context.lora,
+                adaptation,
+                cannot_share=None if self.shares else self.refusal,
+                cannot_slot=self._cannot_slot(adaptation),
+                quantized=quantized,
+            )
+        if self.lora.mode == MERGE:
+            why = f"the model has PEFT adapters, which TRL merges into the base ({self.lora.reason})"
+            self.refusal = self.refusal or why
+        level = logging.WARNING if self.lora.fell_back else logging.INFO
+        logger.log(level, "rlpatch: LoRA by %s: %s", self.lora.mode, self.lora.reason)
+
+    def _cannot_slot(self, adaptation: Adaptation) -> str | None:
+        provider = self.context.providers.get("lora_slots")
+        if provider is None:
+            return self.context.reasons.get("lora_slots") or "no adapter reaches the LoRA slots of this vLLM"
+        if self.engine is not None and not self.engine.lora_slots:
+            return "the engine was built without them"
+        trained = [slot.name for slot in self.slots if slot.tensor.requires_grad]
+        return cannot_slot(adaptation, provider.accepted_ranks(), trained if self.refusal is not None else [])
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """Arguments of ``LLM`` that this pair's engine needs beside the trainer's own."""
+        found: dict[str, Any] = {}
+        if self.shares_planned:
+            found.update(self.context.providers["share_weights"].engine_arguments(self))
+        if self.lora is not None and self.lora.mode == SLOTS:
+            rank = rank_of(self.adapters.read().targets)
+            found.update(self.context.providers["lora_slots"].engine_arguments(rank))
+        return found
+
+    def _place_adapters(self) -> None:
+        """The engine is complete: make the policy, or leave the adapters to TRL after all."""
+        assert self.engine is not None and self.lora is not None
+        if self.lora.mode == SLOTS:
+            slots = Slots(self.engine, self.context.providers["lora_slots"](self.engine), self.adapters.read().targets)
+            refused = slots.refusals()
+            if refused:
+                raise UsageError(
+                    f"the engine's LoRA slots cannot serve {in_one_line(refused)}; apply(lora='fold') or "
+                    "apply(lora='merge'), or leave these layers out of LoraConfig.target_modules"
+                )
+            slots.register()
+            self.policy = SlotPolicy(self.adapters.read, slots)
+        if self.lora.mode == FOLD and self.sharing is None:
+            self.lora = LoraChoice(MERGE, f"the weights are not shared ({self.refusal})", fell_back=True)
+            logger.warning("rlpatch: LoRA by %s: %s", self.lora.mode, self.lora.reason)
+        if self.lora.mode == FOLD:
+            assert self.sharing is not None
+            path = str(getattr(self.adapters.model, "name_or_path", "") or "")
+            policy = FoldPolicy(self.adapters.read, checkpoint_reader(path) if path else None)
+            policy.guard(dict.fromkeys(entry.slot.module for entry in self.sharing.shared))
+            self.policy = policy
+
+    def _trains(self, name: str) -> bool:
+        """Whether adapters change the tensor of that name, or train a copy of it."""
+        slot = next((slot for slot in self.slots if slot.name == name), None)
+        trained = slot is not None and bool(slot.tensor.requires_grad)
+        return trained or any(name == target.parameter for target in self.adapters.read().targets)
 
     # ---- building ----------------------------------------------------------------------------------------------
 
@@ -160,6 +269,12 @@ class Colocation:
             if not self.sharing.shared:
                 reasons = sorted(set(self.sharing.report().copied.values()))
                 self.refuse("; ".join(reasons) or "the engine has none of the trainer's tensors")
+        if self.sharing is not None and self.lora is not None:
+            lost = [name for name, why in self.sharing.absent.items() if self._trains(name)]
+            if lost:
+                self.refuse(f"adapters change {', '.join(lost)}, and the engine has no such tensor")
+        if self.lora is not None:
+            self._place_adapters()
         if self.sharing is not None:
             logger.info("rlpatch: %s", self.sharing.report())
             for name, reason in self.sharing.report().copied.items():
@@ -196,13 +311,41 @@ class Colocation:
 
     def sync(self) -> None:
         """Put the trainer's current policy in place; with everything shared this forgets cached prefixes and no more."""
-        assert self.engine is not None and self.sharing is not None
-        self.sharing.sync()
+        assert self.engine is not None
+        if self.sharing is not None and (self.lora is None or self.lora.mode != FOLD):
+            self.sharing.sync()  # a folded policy's copies are made when it is folded
         self.engine.llm.reset_prefix_cache()
 
     @contextlib.contextmanager
     def rollout(self) -> Iterator[None]:
-        """Around generation: the KV cache is there inside, and gone afterwards, whatever happens inside."""
+        """Around generation: policy and KV cache are in place inside, and out again afterwards, whatever happens inside."""
+        if self._rolling:  # the engine's generate inside of the trainer's
+            yield
+            return
+        self._rolling = True
+        try:
+            with self._policy_in_place(), self._kv_in_place():
+                yield
+        finally:
+            self._rolling = False
+
+    @contextlib.contextmanager
+    def _policy_in_place(self) -> Iterator[None]:
+        if self.policy is None:
+            yield
+            return
+        self.policy.put()
+        try:
+            assert self.engine is not None
+            self.engine.llm.reset_prefix_cache()
+            if self.sharing is not None and self.sharing.copied and self.lora is not None and self.lora.mode == FOLD:
+                self.sharing.sync()
+            yield
+        finally:
+            self.policy.take_out()
+
+    @contextlib.contextmanager
+    def _kv_in_place(self) -> Iterator[None]:
         if self.standby is None:
             yield
             return
@@ -242,9 +385,14 @@ class Colocation:
             if self.standby is not None and self.standby.released:
                 self.standby.restore()
         finally:
+            if isinstance(self.policy, FoldPolicy):
+                self.policy.take_out()
+                self.policy.unguard()
+            elif isinstance(self.policy, SlotPolicy):
+                self.policy.slots.remove()
             if self.sharing is not None:
                 self.sharing.part()
-            self.standby = None
+            self.standby = self.policy = None
             if self.on_joined is not None:
                 self.on_joined(self)  # the trainer's own sleep mode may take over again
             _live.discard(self)
@@ -255,6 +403,11 @@ class Colocation:
         return {
             "sharing": sharing.as_dict() if sharing is not None else None,
             "not shared": self.refusal,
+            "lora": None if self.lora is None else {
+                "mode": self.lora.mode,
+                "reason": self.lora.reason,
+                **(self.policy.describe() if self.policy is not None else {}),
+            },
             "standby": None if self.standby is None else {
                 "released": self.standby.released,
                 "cycles": self.standby.cycles,

@@ -77,12 +77,16 @@ class Context:
     Attributes:
         standby: Whether KV standby is wanted.
         share_weights: Whether trainer and engine shall share one copy of the weights.
+        lora: How a LoRA shall reach the engine (see `rlpatch.apply`).
         providers: capability -> the chosen adapter's `provides` (filled as capabilities resolve).
+        reasons: capability -> why it has none, in words.
     """
 
     standby: bool = True
     share_weights: bool = True
+    lora: str = "auto"
     providers: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from rlpatch.errors import UsageError
 from rlpatch.versions import environment_flag
 
+LORA_MODES = ("auto", "fold", "slots", "merge")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -18,6 +20,7 @@ class Settings:
         standby: KV cache exists only while tokens are generated.
         share_weights: Trainer and engine hold one copy of the weights.
         defaults: Config fix-ups of fields left at their default.
+        lora: How a LoRA reaches the engine: ``"auto"``, ``"fold"``, ``"slots"`` or ``"merge"`` (TRL's way).
         include: Only these capabilities, or None for all.
         exclude: Never these capabilities.
         strict: An unsupported release is an error instead of a warning.
@@ -27,6 +30,7 @@ class Settings:
     standby: bool = True
     share_weights: bool = True
     defaults: bool = True
+    lora: str = "auto"
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -58,6 +62,7 @@ def resolve(
     standby: bool | None,
     share_weights: bool | None,
     defaults: bool | None,
+    lora: str | None,
     include: Iterable[str] | str | None,
     exclude: Iterable[str] | str | None,
     strict: bool | None,
@@ -92,6 +97,17 @@ def resolve(
             return _names(value, f"apply({name}=…)", known)
         return _names(os.environ.get(variable) or None, variable, known)
 
+    def one_of(name: str, value: str | None, options: tuple[str, ...]) -> str:
+        variable = f"RLPATCH_{name.upper()}"
+        for candidate, origin in ((value, f"apply({name}={value!r})"), (os.environ.get(variable) or None, variable)):
+            if candidate is None:
+                continue
+            if candidate not in options:
+                raise UsageError(f"{origin}: {candidate!r} is not one of {', '.join(map(repr, options))}")
+            explicit.add(name)
+            return candidate
+        return options[0]
+
     included, excluded = names("include", include), names("exclude", exclude) or ()
     both = set(included or ()) & set(excluded)
     if both:
@@ -100,6 +116,7 @@ def resolve(
         standby=flag("standby", standby, True, alias="UNSLOTH_VLLM_STANDBY"),
         share_weights=flag("share_weights", share_weights, True),
         defaults=flag("defaults", defaults, True),
+        lora=one_of("lora", lora, LORA_MODES),
         include=included,
         exclude=excluded,
         strict=flag("strict", strict, False),

@@ -27,9 +27,10 @@ def _pair(generation: Any) -> Colocation | None:
     return pair if pair is not None and pair.engine is not None else None
 
 
-def _refusal(generation: Any) -> str | None:
+def _refusal(context: Context, generation: Any) -> str | None:
     """Why this trainer cannot share its weights, or None."""
-    from accelerate.utils import is_peft_model
+    from rlpatch.errors import UnsupportedError
+    from rlpatch.sharing import quantized
 
     model, accelerator = generation.model, generation.accelerator
     if generation.tensor_parallel_size > 1:
@@ -37,15 +38,36 @@ def _refusal(generation: Any) -> str | None:
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         return f"{kind} keeps the trainer's parameters in buffers of its own"
-    if is_peft_model(model):
-        return "the model has PEFT adapters, which TRL merges into the base for each push"
+    if quantized.has_quantized(model):
+        provider = context.providers.get("quantized_weights")
+        if provider is None:
+            reason = context.reasons.get("quantized_weights", "no adapter serves this vLLM")
+            raise UnsupportedError(quantized.without_engine(reason))
+        found: str | None = provider.refusal(model)
+        return found
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         return "the trainer's model is quantized"
     return None
 
 
+def _adapted(model: Any) -> bool:
+    from accelerate.utils import is_peft_model
+
+    return bool(is_peft_model(model))
+
+
+def _renamer(context: Context, generation: Any, adapted: bool) -> Any:
+    """The trainer's name of a tensor -> the name that vLLM's loader knows, or None for the adapters' own."""
+    fix = generation._fix_param_name_to_vllm
+    if not adapted or "lora" not in context.providers:
+        return fix
+    plain = context.providers["lora"](generation.model).names()
+    return lambda name: fix(plain[name]) if name in plain else None
+
+
 def _init_vllm(context: Context, wrapped: Any, generation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from rlpatch import phases
+    from rlpatch.sharing import quantized
     from rlpatch.sharing.share import trainer_slots
 
     if generation.mode != "colocate":
@@ -53,13 +75,19 @@ def _init_vllm(context: Context, wrapped: Any, generation: Any, args: tuple[Any,
     if not getattr(generation.model, "name_or_path", ""):
         raise phases.missing_path()
     names = context.providers.get("checkpoint_names")
+    adapted = _adapted(generation.model)
     pair = phases.Colocation(
         context,
-        trainer_slots(generation.model, generation._fix_param_name_to_vllm),
-        refusal=_refusal(generation),
-        renamer=names(generation.model) if names is not None else None,
+        trainer_slots(generation.model, _renamer(context, generation, adapted)),
+        refusal=_refusal(context, generation),
+        renamer=names(generation.model.get_base_model() if adapted else generation.model)
+        if names is not None
+        else None,
         upstream_sleep=bool(generation.enable_sleep_mode),
     )
+
+    if adapted:
+        pair.adapt(generation.model, quantized=quantized.has_quantized(generation.model))
 
     def settle(pair: Colocation) -> None:
         generation.enable_sleep_mode = pair.upstream_sleep_stays
@@ -81,7 +109,7 @@ def _sync_weights(wrapped: Any, generation: Any, args: tuple[Any, ...], kwargs: 
         return wrapped(*args, **kwargs)
     start = time.perf_counter()
     try:
-        return pair.sync() if pair.shares else wrapped(*args, **kwargs)
+        return pair.sync() if pair.pushes else wrapped(*args, **kwargs)
     finally:
         pair.seconds["sync"] += time.perf_counter() - start
 

@@ -14,6 +14,8 @@ from typing import Any
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
 
+_LORA_REQUEST = 4  # where generate and chat would take it by position
+
 
 def _init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from rlpatch import phases
@@ -28,15 +30,30 @@ def _init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
     kwargs["enable_sleep_mode"] = (
         pair.wants_standby or pair.upstream_sleep
     ) and current_platform.is_sleep_mode_available()
-    if pair.shares_planned:
-        kwargs.update(pair.context.providers["share_weights"].engine_arguments(pair))
+    kwargs.update(pair.engine_arguments())
     wrapped(*args, **kwargs)
     pair.joined(instance)
     return None
 
 
+def _generate(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from rlpatch import phases
+
+    pair = phases.of_engine(instance)
+    if pair is None:
+        return wrapped(*args, **kwargs)
+    with pair.rollout():  # whoever calls the engine directly gets the policy and the KV cache, too
+        if pair.lora_request is not None and len(args) < _LORA_REQUEST and kwargs.get("lora_request") is None:
+            kwargs["lora_request"] = pair.lora_request
+        return wrapped(*args, **kwargs)
+
+
 def _patches(context: Context) -> list[Patch]:
-    return [Patch("vllm.entrypoints.llm", "LLM.__init__", _init)]
+    return [
+        Patch("vllm.entrypoints.llm", "LLM.__init__", _init),
+        Patch("vllm.entrypoints.llm", "LLM.generate", _generate),
+        Patch("vllm.entrypoints.llm", "LLM.chat", _generate),
+    ]
 
 
 ADAPTER = Adapter(

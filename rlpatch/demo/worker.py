@@ -41,6 +41,7 @@ class Job:
         config: Changes to the trainer's config.
         engine: Defaults for arguments of ``vllm.LLM``.
         apply: Arguments of ``rlpatch.apply`` for a patched run.
+        lora: Arguments of ``peft.LoraConfig``; empty: full fine-tuning.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Job:
     config: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     apply: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
 
 
 def engine_defaults(**defaults: Any) -> PatchSet:
@@ -161,6 +163,11 @@ def make_trainer(job: Job) -> Any:
         )  # fmt: skip
         settings.update(job.config)
         config = getattr(trl, f"{kind}Config")(**settings)
+        extra: dict[str, Any] = {}
+        if job.lora:
+            from peft import LoraConfig
+
+            extra["peft_config"] = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **job.lora})
         prompts = [" ".join(f"w{(7 * i + 3 * j) % 58}" for j in range(3 + i % 5)) for i in range(64)]
         return getattr(trl, f"{kind}Trainer")(
             model=model,
@@ -168,6 +175,7 @@ def make_trainer(job: Job) -> Any:
             reward_funcs=reward_target_words,
             train_dataset=Dataset.from_dict({"prompt": prompts}),
             eval_dataset=Dataset.from_dict({"prompt": prompts[:8]}),
+            **extra,
         )
     finally:
         patch_set.revert()

@@ -102,8 +102,12 @@ class SharingReport:
         return text
 
 
-def trainer_slots(model: nn.Module, rename: Callable[[str], str] = lambda name: name) -> list[Slot]:
-    """Every parameter and persistent buffer of the trainer's model, tied ones once, in registration order."""
+def trainer_slots(model: nn.Module, rename: Callable[[str], str | None] = lambda name: name) -> list[Slot]:
+    """Every parameter and persistent buffer of the trainer's model, tied ones once, in registration order.
+
+    Args:
+        rename: The trainer's name -> the name that the engine's loader knows, or None to leave the tensor out.
+    """
     slots, seen = [], set()
     for prefix, module in model.named_modules():
         tables: list[tuple[Any, bool]] = [(module._parameters, False), (module._buffers, True)]
@@ -113,10 +117,11 @@ def trainer_slots(model: nn.Module, rename: Callable[[str], str] = lambda name: 
                     continue
                 if is_buffer and attribute in module._non_persistent_buffers_set:
                     continue
+                name = rename(f"{prefix}.{attribute}" if prefix else attribute)
+                if name is None:
+                    continue
                 seen.add(id(tensor))
-                slots.append(
-                    Slot(rename(f"{prefix}.{attribute}" if prefix else attribute), module, attribute, is_buffer)
-                )
+                slots.append(Slot(name, module, attribute, is_buffer))
     return slots
 
 

@@ -86,7 +86,14 @@ def test_installed_never_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 RESOLVE = dict(
-    standby=None, share_weights=None, defaults=None, include=None, exclude=None, strict=None, known=("a", "b")
+    standby=None,
+    share_weights=None,
+    defaults=None,
+    lora=None,
+    include=None,
+    exclude=None,
+    strict=None,
+    known=("a", "b"),
 )
 
 

@@ -1,0 +1,29 @@
+"""4-bit weights shared with the vLLM releases that have bitsandbytes in tree (0.17 to 0.27.1).
+
+``BitsAndBytesModelLoader.load_weights`` (vllm/model_executor/model_loader/bitsandbytes_loader.py) is wrapped; see
+``_bitsandbytes.py`` for the call it replaces. Between these releases that file changed in names only (FusedMoE became
+RoutedExperts); the parameters, ``bnb_quant_state``, ``bnb_shard_offsets`` and ``_apply_4bit_weight`` are the same.
+Delete when: the oldest supported vLLM is 0.28, which moved bitsandbytes into a plugin
+(https://github.com/vllm-project/vllm/pull/43529).
+"""
+
+from __future__ import annotations
+
+from rlpatch.adapters.vllm._bitsandbytes import IN_TREE, QuantizedWeights, has, loader_patches, no_bitsandbytes
+from rlpatch.registry import Adapter
+
+
+def _probe() -> str | None:
+    return None if has(IN_TREE) else f"there is no {IN_TREE}"
+
+
+ADAPTER = Adapter(
+    capability="quantized_weights",
+    library="vllm",
+    versions=">=0.17,<0.28",
+    module="vllm.entrypoints.llm",
+    probe=_probe,
+    relevant=no_bitsandbytes,
+    provides=QuantizedWeights,
+    patches=lambda context: loader_patches(IN_TREE),
+)
