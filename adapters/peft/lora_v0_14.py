@@ -42,7 +42,7 @@ class PeftLora:
         self._layers: list[tuple[str, Any]] = []
         self._refused: dict[str, str] = {}
         self._tied: dict[int, list[str]] = {}
-        self._token: Any = None
+        self._configs: list[tuple[str, Any]] | None = None
 
     @staticmethod
     def adapted(model: Any) -> bool:
@@ -101,7 +101,10 @@ class PeftLora:
     @staticmethod
     def _saved(wrapper: Any) -> str:
         """The child of a ``ModulesToSaveWrapper`` that its forward uses."""
-        active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+        names = getattr(wrapper, "active_adapters", None)
+        if names is None:  # 0.14
+            names = [wrapper.active_adapter]
+        active = [name for name in names if name in wrapper.modules_to_save]
         if wrapper.disable_adapters or not active:
             return "original_module"
         return f"modules_to_save.{active[0]}"
@@ -136,9 +139,10 @@ class PeftLora:
 
     def _find_layers(self) -> list[tuple[str, Any]]:
         """The model's LoRA layers under their plain names; found anew when adapters were added or deleted."""
-        token = tuple(getattr(self.model, "peft_config", None) or ())
-        if self._token != token:
-            self._token, self._layers, self._refused = token, [], {}
+        configs = list((getattr(self.model, "peft_config", None) or {}).items())
+        known = self._configs
+        if known is None or [(a, id(c)) for a, c in known] != [(a, id(c)) for a, c in configs]:
+            self._configs, self._layers, self._refused = configs, [], {}
             self._walk()
         return self._layers
 

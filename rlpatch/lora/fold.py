@@ -34,7 +34,8 @@ logger = logging.getLogger("rlpatch")
 _CHUNK = 1 << 24  # elements; the fp32 temporaries of the torch path stay at some 64 MiB each
 _SPARE = 0.02  # memory kept by a fold, as a share of the weights, above which it is reported
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_MASK = 0xFFFFFFFF
+
+Piece = tuple[torch.Tensor, torch.Tensor]  # places within the flattened rows (int32), and the elements lost there
 
 FOLDABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -82,34 +83,35 @@ class Passes(Protocol):
 
 
 def checksum(weight: torch.Tensor) -> int:
-    """``Σ bits(i, j) · (2i + 1) · (2j + 1)`` modulo 2³², with the elements' bits as signed integers.
+    """``Σ bits(i, j) · (2i + 1) · (2j + 1)`` modulo 2³² (fp64: 2⁶⁴), with the elements' bits as signed integers.
 
     Args:
-        weight: ``[rows, columns]``, any strides.
+        weight: ``[rows, columns]``, any strides; a transposed matrix has the same checksum.
     """
     rows, columns = weight.shape
+    modulo = (1 << max(32, 8 * weight.element_size())) - 1  # of int64, which wraps around by itself
     factors = 2 * torch.arange(columns, device=weight.device) + 1
     total = 0
     step = max(1, _CHUNK // max(1, columns))
     for start in range(0, rows, step):
         bits = weight[start : start + step].contiguous().view(_BITS[weight.element_size()]).to(torch.int64)
-        lines = (bits * factors).sum(1) & _MASK
+        lines = (bits * factors).sum(1)
         total += int(((2 * torch.arange(start, start + len(lines), device=weight.device) + 1) * lines).sum())
-    return total & _MASK
+    return total & modulo
 
 
 class TorchPasses:
     """The passes in plain torch, some rows at a time; keeps an index of 4 bytes and the element."""
 
     def __init__(self) -> None:
-        self._kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        self._kept: list[list[Piece | None]] = []  # None: unfolded again
 
     def fold(self, targets: Sequence[Target]) -> list[int]:
         """See `Passes`."""
         self._kept = []
         sums: list[int] = []
         for number, target in enumerate(targets):
-            pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+            pieces: list[Piece | None] = []
             self._kept.append(pieces)
             sums.append(checksum(target.weight))
             try:
@@ -129,34 +131,41 @@ class TorchPasses:
         return sums
 
     def unfold(self, targets: Sequence[Target]) -> list[int]:
-        """See `Passes`."""
-        sums = []
+        """See `Passes`. After an error (out of memory) it can be called again, and goes on where it was."""
         for target, pieces in zip(targets, self._kept, strict=True):
             self._unfold(target, pieces)
-            sums.append(checksum(target.weight))
-        return sums
+        return [checksum(target.weight) for target in targets]
 
-    def _unfold(self, target: Target, kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for (piece, delta), (places, values) in zip(_pieces(target), kept, strict=False):
-            back = (piece.to(delta.dtype) - delta).to(piece.dtype).contiguous()
-            back.view(-1)[places.long()] = values
-            piece.copy_(back)
+    @staticmethod
+    def _unfold(target: Target, kept: list[Piece | None]) -> None:
+        # `kept` first: no delta is made beyond the pieces that were folded
+        for number, (entry, (piece, delta)) in enumerate(zip(kept, _pieces(target), strict=False)):
+            if entry is not None:
+                piece.copy_(_unfolded(piece, delta, entry))
+                kept[number] = None
 
     def original(self, index: int, target: Target) -> torch.Tensor:
         """See `Passes`."""
         copy = target.weight.clone()
-        self._unfold(Target(target.name, copy, target.products), self._kept[index])
+        self._unfold(Target(target.name, copy, target.products), list(self._kept[index]))
         return copy
 
     def kept(self) -> tuple[int, int]:
         """See `Passes`."""
-        count = sum(len(places) for pieces in self._kept for places, _ in pieces)
-        size = sum(places.nbytes + values.nbytes for pieces in self._kept for places, values in pieces)
-        return count, size
+        entries = [entry for pieces in self._kept for entry in pieces if entry is not None]
+        size = sum(places.nbytes + values.nbytes for places, values in entries)
+        return sum(len(places) for places, _ in entries), size
 
     def forget(self) -> None:
         """See `Passes`."""
         self._kept = []
+
+
+def _unfolded(piece: torch.Tensor, delta: torch.Tensor, entry: Piece) -> torch.Tensor:
+    places, values = entry
+    back = (piece.to(delta.dtype) - delta).to(piece.dtype).contiguous()
+    back.view(-1)[places.long()] = values
+    return back
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -210,6 +219,7 @@ class ReversibleFold:
     seconds: dict[str, float] = field(default_factory=lambda: {"fold": 0.0, "unfold": 0.0})
     _passes: dict[str, Passes] = field(default_factory=dict)
     _groups: list[tuple[Passes, list[Target]]] = field(default_factory=list)
+    _wrong: list[Target] = field(default_factory=list)
     _said: set[str] = field(default_factory=set)
 
     @torch.no_grad()
@@ -227,8 +237,12 @@ class ReversibleFold:
         grouped: dict[str, list[Target]] = {}
         for target in targets:
             grouped.setdefault((self.passes_for or kind_of)(target), []).append(target)
-        with _uninterrupted():
-            self._fold(targets, grouped)
+        try:
+            with _uninterrupted():
+                self._fold(targets, grouped)
+        except BaseException:  # a Ctrl-C that waited comes when all is folded
+            self.unfold()
+            raise
         self.seconds["fold"] += time.perf_counter() - start
         return self.report
 
@@ -263,6 +277,8 @@ class ReversibleFold:
     def unfold(self) -> None:
         """Bring the unfolded weights back, bit for bit; nothing happens when nothing is folded.
 
+        After any other error than FoldError (out of memory) some may still be folded; another call goes on from there.
+
         Raises:
             FoldError: a checksum differs and the checkpoint has not that weight either; names it. Further folds are
                 refused, because training would go on from a damaged base.
@@ -270,20 +286,22 @@ class ReversibleFold:
         if not self.folded:
             return
         start = time.perf_counter()
-        wrong: list[Target] = []
-        with _uninterrupted():
-            for passes, group in self._groups:
+        with _uninterrupted():  # the verdict included: an interrupt must not hide a damaged base
+            while self._groups:
+                passes, group = self._groups[0]
                 for target, found in zip(group, passes.unfold(group), strict=True):
                     if found != self.checksums[target.name]:
-                        wrong.append(target)
+                        self._wrong.append(target)
                 passes.forget()
-            self._groups, self.folded = [], False
-        self.cycles += 1
-        self.seconds["unfold"] += time.perf_counter() - start
-        lost = [target.name for target in wrong if not self._recovered(target)]
-        if lost:
-            self.broken = tuple(lost)
-            raise FoldError(self._refusal())
+                self._groups = self._groups[1:]
+            self.folded = False
+            self.cycles += 1
+            self.seconds["unfold"] += time.perf_counter() - start
+            wrong, self._wrong = self._wrong, []
+            lost = [target.name for target in wrong if not self._recovered(target)]
+            if lost:
+                self.broken = tuple(lost)
+                raise FoldError(self._refusal())
 
     def original(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """A copy of the unfolded values of `tensor` if it is one of the folded weights, else None.

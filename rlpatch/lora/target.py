@@ -56,8 +56,9 @@ class Target:
         total = torch.zeros(
             self.weight.shape, dtype=torch.promote_types(self.weight.dtype, torch.float32), device=self.weight.device
         )
-        for product in self.products:
-            total += (product.left.to(total.dtype) @ product.right.to(total.dtype)) * product.scale
+        with torch.autocast(total.device.type, enabled=False):  # else whoever asks within autocast gets other bits
+            for product in self.products:
+                total += (product.left.to(total.dtype) @ product.right.to(total.dtype)) * product.scale
         return total
 
 
