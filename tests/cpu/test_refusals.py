@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from rlpatch.adapters.trl.generation_v1_10 import _refusal
+from rlpatch.registry import Context
 
 pytestmark = pytest.mark.cpu
+
+
+def refusal(generation: Any) -> str | None:
+    """The decision where no adapter brings quantized weights, as on this tier's vLLM releases."""
+    return _refusal(Context(), generation)
 
 
 def generation(**changes: Any) -> SimpleNamespace:
@@ -24,8 +30,8 @@ def generation(**changes: Any) -> SimpleNamespace:
 
 
 def test_an_ordinary_trainer_shares() -> None:
-    assert _refusal(generation()) is None
-    assert _refusal(generation(distributed="MULTI_GPU")) is None  # plain data parallelism: each rank its own pair
+    assert refusal(generation()) is None
+    assert refusal(generation(distributed="MULTI_GPU")) is None  # plain data parallelism: each rank its own pair
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,7 @@ def test_an_ordinary_trainer_shares() -> None:
     ],
 )
 def test_what_cannot_share_is_named(changes: dict[str, Any], named: str) -> None:
-    assert named in (_refusal(generation(**changes)) or "")
+    assert named in (refusal(generation(**changes)) or "")
 
 
 def test_a_refused_pair_loads_and_pushes_as_usual(trainer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
