@@ -50,9 +50,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--models", metavar="DIR", help="where --shape keeps checkpoints (default ~/.cache/rlpatch/models)"
     )
-    what.add_argument("--variants", default=",".join(VARIANTS), metavar="A,B", help="; ".join(
+    what.add_argument("--variants", metavar="A,B", help="; ".join(
         f"{name}: {variant.text}" for name, variant in VARIANTS.items()
-    ))  # fmt: skip
+    ) + " (default: trl,trl-sleep,rlpatch; with --lora both ways of rlpatch to bring it)")  # fmt: skip
     what.add_argument(
         "--precision", choices=("object", "script"), default="object",
         help="object: the trainer gets a bf16 model object; script: the path, which TRL loads in fp32",
@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each variant: A B C, C B A, …")
 
+    size.add_argument("--check-base", action="store_true", help="count frozen weights that training changed")
     engine = made.add_argument_group("engine and device")
     engine.add_argument("--kv-gib", type=float, metavar="G", help="KV cache of this size in every variant")
     engine.add_argument("--utilization", type=float, metavar="U", help="gpu_memory_utilization (default 0.5)")
@@ -109,10 +110,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     def refuse(option: str, why: str) -> None:
         made.error(f"--{option} {getattr(options, option.replace('-', '_'))}: {why}")
 
-    options.variants = split(options.variants)
+    usual = ("trl", "trl-sleep", *(name for name, v in VARIANTS.items() if v.lora)) if options.lora else (
+        name for name, v in VARIANTS.items() if not v.lora
+    )  # fmt: skip
+    options.variants = split(options.variants) if options.variants is not None else list(usual)
     unknown = [name for name in options.variants if name not in VARIANTS]
     if unknown or not options.variants:
         made.error(f"--variants: unknown {', '.join(map(repr, unknown)) or 'empty'}; known are {', '.join(VARIANTS)}")
+    without = [name for name in options.variants if VARIANTS[name].lora and not options.lora]
+    if without:
+        made.error(f"--variants {without[0]}: only with --lora R")
     if len(set(options.variants)) < len(options.variants):
         made.error("--variants: each once; --repeat runs them again")
     for option, least in {
@@ -247,6 +254,7 @@ def job_from(options: argparse.Namespace, model: str) -> BenchJob:
         lora=options.lora,
         optim=options.optim,
         learning_rate=options.learning_rate,
+        check_base=options.check_base,
         gradient_checkpointing=options.gradient_checkpointing,
         emulate_gib=options.emulate_gib,
     )
@@ -444,6 +452,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any] | None:
             "load_peak_above": middle([(r["memory"]["load"] or {}).get("peak_above") for r in results]),
             "load_weights": middle([(r["memory"]["load"] or {}).get("weights") for r in results]),
         },
+        "base": results[-1].get("base"),
         "engine_start_seconds": [result["seconds"].get("engine_start") for result in results],
         "engine_starts_cold": [bool(result["engine_cache"].get("grew")) for result in results],
     }
@@ -479,6 +488,7 @@ def table(document: dict[str, Any]) -> str:
     rows += [
         ["rollout tokens/s", *cells(lambda s: _number(s["median"].get("tokens_per_second"), ",.0f"))],
         ["logp difference", *cells(lambda s: _number(s["median"].get("logp_difference"), ".3g"))],
+        *([["frozen base changed, elements", *cells(_drift)]] if document["job"].get("check_base") else []),
         ["memory: generating, max", *cells(phase("generate", "max"))],
         ["memory: training, max", *cells(phase("train", "max"))],
         ["memory: syncing, max", *cells(phase("sync", "max"))],
@@ -515,6 +525,15 @@ def table(document: dict[str, Any]) -> str:
 
 def _fate(variant: dict[str, Any]) -> str:
     return "skipped" if any("skipped" in run for run in variant["runs"]) else "failed"
+
+
+def _drift(summary: dict[str, Any]) -> str:
+    base = summary.get("base")
+    return (
+        "–"
+        if base is None
+        else f"{base['changed']:,} of {base['elements']:,} ({100 * base['changed'] / base['elements']:.3g} %)"
+    )
 
 
 def _starts(summary: dict[str, Any]) -> str:

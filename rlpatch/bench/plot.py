@@ -9,9 +9,11 @@ from typing import Any
 
 COLORS = {
     "sync": "#d62728",
+    "put": "#ff7f0e",
     "restore": "#9467bd",
     "generate": "#1f77b4",
     "release": "#e377c2",
+    "take out": "#8c564b",
     "rollout": "#aec7e8",
     "train": "#2ca02c",
 }

@@ -5,9 +5,11 @@ Phases, each wrapped where every variant passes through (``synchronize`` at both
     step                                    from one on_step_end to the next
     ├─ sync      VLLMGeneration.sync_weights (TRL's push, waking the engine's weights included)
     ├─ rollout   VLLMGeneration.generate
+    │  ├─ put       the adapters: FoldPolicy.put (the fold) or SlotPolicy.put (the copy into the slots)
     │  ├─ restore   KVStandby.restore, or LLM.wake_up of the KV cache
     │  ├─ generate  LLM.generate
-    │  └─ release   KVStandby.release, or LLM.sleep
+    │  ├─ release   KVStandby.release, or LLM.sleep
+    │  └─ take out  FoldPolicy.take_out (the unfold)
     └─ train     everything else: forward, backward, optimizer, rewards, logging
 
 A phase's seconds and memory are its own: what an inner phase takes is not counted in the outer one, so that the columns
@@ -26,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-PHASES = ("sync", "restore", "generate", "release", "rollout", "train")
+PHASES = ("sync", "put", "restore", "generate", "release", "take out", "rollout", "train")
 METRICS = {
     "loss": "loss",
     "reward": "reward",
@@ -52,12 +54,14 @@ class Variant:
         apply: Arguments of ``rlpatch.apply``, or None for plain TRL.
         config: Changes to the trainer's config.
         sleep: Needs vLLM's sleep mode; skipped where the platform has none.
+        lora: Only means something with a LoRA.
         text: For ``--help``.
     """
 
     apply: dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
     sleep: bool = False
+    lora: bool = False
     text: str = ""
 
 
@@ -65,6 +69,8 @@ VARIANTS = {
     "trl": Variant(text="plain TRL, its engine resident all the time"),
     "trl-sleep": Variant(config={"vllm_enable_sleep_mode": True}, sleep=True, text="plain TRL with its sleep mode"),
     "rlpatch": Variant(apply={}, text="rlpatch.apply(), nothing else changed"),
+    "rlpatch-fold": Variant(apply={"lora": "fold"}, lora=True, text="the LoRA folded into the shared weights"),
+    "rlpatch-slots": Variant(apply={"lora": "slots"}, lora=True, text="the LoRA in vLLM's slots"),
 }
 
 
@@ -93,6 +99,7 @@ class BenchJob:
         gradient_checkpointing: None for TRL's default.
         emulate_gib: The card's seeming size; a ballast process holds the rest.
         interval: Seconds between samples of memory.
+        check_base: Compare every frozen weight before and after the training, element by element.
         output: The trainer's output folder, or None for one under the system's temporary folder.
     """
 
@@ -116,6 +123,7 @@ class BenchJob:
     gradient_checkpointing: bool | None = None
     emulate_gib: float | None = None
     interval: float = 0.01
+    check_base: bool = False
     output: str | None = None
 
 
@@ -163,12 +171,13 @@ class BenchRun:
         try:
             self._enter("load")
             self._build()
+            frozen = self._frozen() if self.job.check_base else {}
             self._enter("train")
             self.training_from = time.perf_counter()
             self.trainer.train()
             self.training_until = time.perf_counter()
             self._enter("settle")
-            result = self._result(origin)
+            result = {**self._result(origin), "base": self._changed(frozen) if frozen else None}
         finally:
             self.watch.stop()
         return result
@@ -210,6 +219,7 @@ class BenchRun:
         import trl.generation.vllm_generation
 
         from rlpatch import standby as standby_module
+        from rlpatch.lora import policy as policy_module
 
         # After rlpatch's, hence around them: what its wrappers cost is counted.
         self._patches("bench clock", [
@@ -221,6 +231,9 @@ class BenchRun:
             ("vllm.entrypoints.llm", "LLM.wake_up", self._wake_up),
             (standby_module.__name__, "KVStandby.release", self._as_phase("release")),
             (standby_module.__name__, "KVStandby.restore", self._as_phase("restore")),
+            (policy_module.__name__, "FoldPolicy.put", self._as_phase("put")),
+            (policy_module.__name__, "FoldPolicy.take_out", self._as_phase("take out")),
+            (policy_module.__name__, "SlotPolicy.put", self._as_phase("put")),
         ])  # fmt: skip
 
     @staticmethod
@@ -460,6 +473,32 @@ class BenchRun:
             "tokens_per_second": tokens / seconds["generate"] if seconds["generate"] else None,
             "after_release": self.after_release,
         }
+
+    def _frozen(self) -> dict[str, Any]:
+        """Host copies of the frozen weights."""
+        return {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in self.trainer.model.named_parameters()
+            if not parameter.requires_grad
+        }
+
+    def _changed(self, before: dict[str, Any]) -> dict[str, Any]:
+        """How many elements of the frozen weights have other bits than before the training, and the worst weight."""
+        import torch
+
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        elements = changed = 0
+        worst: tuple[float, str] = (0.0, "")
+        for name, parameter in self.trainer.model.named_parameters():
+            if name not in before:
+                continue
+            kind = integers[parameter.element_size()]
+            old = before[name].to(parameter.device).contiguous().view(kind)
+            different = int((parameter.detach().contiguous().view(kind) != old).sum())
+            elements += old.numel()
+            changed += different
+            worst = max(worst, (different / max(1, old.numel()), name))
+        return {"elements": elements, "changed": changed, "worst_share": worst[0], "worst": worst[1]}
 
     # ---- after -------------------------------------------------------------------------------------------------
 

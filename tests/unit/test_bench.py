@@ -13,7 +13,7 @@ import pytest
 from rlpatch.bench import command, plot, shapes
 from rlpatch.bench.command import Attempt, Runner
 from rlpatch.bench.memory_watch import Clock, Interval, decimate, innermost_over_time, memory_by_phase, timeline
-from rlpatch.bench.run import VARIANTS, BenchJob, is_out_of_memory, medians
+from rlpatch.bench.run import BenchJob, is_out_of_memory, medians
 
 GIB = 2**30
 
@@ -50,7 +50,8 @@ def test_wrong_options_end_with_status_2(arguments: list[str], said: str, capsys
 def test_defaults() -> None:
     options = command.parse([])
     job = command.job_from(options, "folder")
-    assert options.variants == list(VARIANTS)
+    assert options.variants == ["trl", "trl-sleep", "rlpatch"]
+    assert command.parse(["--lora", "8"]).variants == ["trl", "trl-sleep", "rlpatch-fold", "rlpatch-slots"]
     assert (job.completions, job.micro_batch, job.utilization, job.kv_bytes) == (8, 8, 0.5, None)
     with_kv = command.job_from(command.parse(["--kv-gib", "2"]), "folder")
     assert with_kv.kv_bytes == 2 * GIB
