@@ -7,16 +7,19 @@ nor TRL, and neither does `apply`: what is not imported yet is patched when it c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import os
     from contextlib import AbstractContextManager
+
+    import torch
 
     from rlpatch.control import Report
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "apply", "patched", "revert", "status"]
+__all__ = ["__version__", "apply", "load", "patched", "revert", "status"]
 
 
 def apply(
@@ -60,6 +63,67 @@ def apply(
         include=include,
         exclude=exclude,
         strict=strict,
+    )
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    max_seq_length: int,
+    load_in_4bit: bool = False,
+    max_lora_rank: int = 64,
+    gpu_memory_utilization: float | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    model_arguments: Mapping[str, Any] | None = None,
+    **engine: Any,
+) -> tuple[Any, Any]:
+    """Load a causal language model for training, with a vLLM engine attached that shares its weights from the start.
+
+    `apply` is called with its defaults when it is not in force. The model is an ordinary transformers model: train all of
+    it, or ``peft.get_peft_model(model, …)``, and hand it to a TRL trainer (``use_vllm=True, vllm_mode="colocate"``), which
+    then generates with this engine and builds no second one. It has three functions more, which a ``PeftModel`` around it
+    forwards (see `rlpatch.loading.Attachment`): ``fast_generate(prompts, sampling_params, lora=…)``, ``save_lora(path)``
+    and ``load_lora(path)``.
+
+    Args:
+        model: A folder or a hub id; transformers and vLLM both read it.
+        max_seq_length: Prompt and completion together, in tokens: vLLM's ``max_model_len``.
+        load_in_4bit: Quantize to 4 bits (nf4, double quantization) with bitsandbytes; GPUs only. Adapters are then served
+            from vLLM's LoRA slots, because folding them into 4 bits would lose them.
+        max_lora_rank: Largest rank that the LoRA slots hold, where slots are used: under ``load_in_4bit`` and
+            ``apply(lora="slots")``. The fold knows no limit, and no memory is reserved for it.
+        gpu_memory_utilization: Share of the device, between 0 and 1, that vLLM may fill with weights, activations and KV
+            cache; the weights in it are the trainer's too. None: 0.5. (On a CPU: of the machine's memory.)
+        dtype: Of trainer and engine alike: ``"bfloat16"``, ``"float16"``, ``"float32"`` or torch's. None: the checkpoint's;
+            under `load_in_4bit` that of the computations, ``"bfloat16"`` unless the checkpoint is in 16 bits.
+        revision: Of a hub id.
+        trust_remote_code: For transformers and vLLM.
+        model_arguments: Further arguments of ``AutoModelForCausalLM.from_pretrained``, e.g. ``attn_implementation``.
+        engine: Further arguments of ``vllm.LLM``, e.g. ``max_num_seqs``, ``enforce_eager``, ``seed``.
+
+    Returns:
+        The model, on this process's device, and its tokenizer (padding on the left, as TRL wants it).
+
+    Raises:
+        rlpatch.errors.UsageError: an argument has an unusable value, or contradicts the settings of `apply`.
+        rlpatch.errors.UnsupportedError: no adapter shares weights with this vLLM, or it has no bitsandbytes.
+        rlpatch.errors.SharingError: this model cannot share its weights with an engine (says why).
+    """
+    from rlpatch import loading
+
+    return loading.load(
+        model,
+        max_seq_length=max_seq_length,
+        load_in_4bit=load_in_4bit,
+        max_lora_rank=max_lora_rank,
+        gpu_memory_utilization=gpu_memory_utilization,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        model_arguments=model_arguments,
+        **engine,
     )
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from rlpatch.engine import Engine
 from rlpatch.errors import StandbyError, UsageError
 from rlpatch.lora.policy import (
@@ -31,7 +33,7 @@ from rlpatch.lora.policy import (
 from rlpatch.lora.slots import Slots, rank_of
 from rlpatch.lora.target import Adaptation, in_one_line
 from rlpatch.registry import Context
-from rlpatch.sharing.share import Renamer, Sharing, Slot
+from rlpatch.sharing.share import Renamer, Sharing, Slot, own_storage, trainer_slots
 from rlpatch.standby import KVStandby
 
 logger = logging.getLogger("rlpatch")
@@ -67,6 +69,13 @@ def of_worker(worker: Any) -> Colocation | None:
     return next((pair for pair in live() if pair.engine is not None and pair.engine.worker is worker), None)
 
 
+def of_trainer(model: Any) -> Colocation | None:
+    """The pair that was built for `model` before any trainer (see `rlpatch.load`), adapters around it or not."""
+    get_base_model = getattr(model, "get_base_model", None)  # a PeftModel's; others have none
+    plain = get_base_model() if get_base_model is not None else model
+    return next((pair for pair in live() if pair.owner is not None and pair.owner() is plain), None)
+
+
 def part_all() -> list[str]:
     """Part every live pair (see `Colocation.part`); returns a line per pair that could not be parted cleanly."""
     problems = []
@@ -90,11 +99,14 @@ class Colocation:
         standby_refusal: Why its KV cache is not released between rollouts, or None.
         upstream_sleep: The user asked for the trainer's own sleep mode.
         on_joined: Called when the engine is complete and it is known what is shared.
+        owner: The model of a pair that exists before its trainer does; its adapters may come later (`follow`).
+        slots_rank: LoRA slots of this rank are reserved in the engine for adapters that come later; 0: none.
 
     Attributes:
         adapters: Reads the trainer's adapters (``providers["lora"]`` of its model), or None when it has none.
         lora: How they reach the engine.
         policy: Puts them in place around each rollout; None without adapters, and where TRL merges.
+        replaced: Tensors whose trained copy (``modules_to_save``) has taken the original's place in the engine.
     """
 
     context: Context
@@ -104,6 +116,8 @@ class Colocation:
     standby_refusal: str | None = None
     upstream_sleep: bool = False
     on_joined: Callable[[Colocation], None] | None = None
+    owner: weakref.ref[Any] | None = None
+    slots_rank: int = 0
     engine: Engine | None = None
     sharing: Sharing | None = None
     adapters: Any = None
@@ -111,8 +125,13 @@ class Colocation:
     policy: Policy | None = None
     standby: KVStandby | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"sync": 0.0})
+    replaced: tuple[str, ...] = ()
     number: int = 0
     _rolling: bool = False
+    _instead: Adaptation | None = None
+    _guest_fold: FoldPolicy | None = None
+    _lora_slots: Slots | None = None
+    _structure: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.number = 1 + max((pair.number for pair in _live), default=0)
@@ -149,7 +168,9 @@ class Colocation:
     @property
     def lora_request(self) -> Any:
         """What every generation must carry for the engine to use the adapters' slots, or None."""
-        return self.policy.request if isinstance(self.policy, SlotPolicy) else None
+        if self._instead is None:
+            return self.policy.request if isinstance(self.policy, SlotPolicy) else None
+        return self._lora_slots.request if self._lora_slots is not None and self._instead.targets else None
 
     @property
     def pushes(self) -> bool:
@@ -164,25 +185,129 @@ class Colocation:
         Raises:
             UsageError: a setting asks for what would lose the adapters (see `rlpatch.lora.policy.choose`).
         """
+        self.adapters, self.lora = self._choose(model, quantized)
+        if self.lora.mode == MERGE:
+            self.refusal = self.refusal or _merged(self.lora)
+        _say(self.lora)
+
+    def _choose(self, model: Any, quantized: bool) -> tuple[Any, LoraChoice]:
+        """The reader of the adapters of `model` (None: nothing reads them), and the way that they go."""
         reader = self.context.providers.get("lora")
         if reader is None:
             why = self.context.reasons.get("lora", "")
-            self.lora = LoraChoice(MERGE, f"no adapter reads this PEFT {why}".strip(), fell_back=True)
+            return None, LoraChoice(MERGE, f"no adapter reads this PEFT {why}".strip(), fell_back=True)
+        adapters = reader(model)
+        adaptation = adapters.read()
+        return adapters, choose(
+            self.context.lora,
+            adaptation,
+            cannot_share=None if self.shares else self.refusal,
+            cannot_slot=self._cannot_slot(adaptation),
+            quantized=quantized,
+        )
+
+    def follow(self, model: Any, *, quantized: bool = False, may_part: bool = False) -> None:
+        """`adapt` for a pair whose engine exists and shares: adapters were added to `model`, changed or taken off.
+
+        The way is chosen anew only when the model does not consist of the same modules as at the last call.
+
+        Args:
+            model: The pair's owner, in which ``get_peft_model`` works in place.
+            may_part: Where neither fold nor slots can serve the adapters, give the trainer weights of its own again and
+                leave them to its merge and push; else that is an error.
+
+        Raises:
+            UsageError: the adapters cannot reach the engine; the pair is as it was.
+        """
+        if self.sharing is None or self.engine is None:
+            return
+        structure = tuple(id(module) for module in model.modules())
+        if structure == self._structure:
+            if self.adapters is not None:  # modules_to_save are switched on and off with their adapter
+                self._repoint(trainer_slots(model, self.adapters.names().get))
+            return
+        reader = self.context.providers.get("lora")
+        adapters, choice = None, None
+        if reader is None and getattr(model, "peft_config", None):
+            adapters, choice = self._choose(model, quantized)
+        elif reader is not None and reader.adapted(model):
+            adapters = reader(model)
+            adaptation = adapters.read()
+            lost = [target.parameter for target in adaptation.targets if target.parameter in self.sharing.absent]
+            if self.engine.lora_slots and not adaptation.targets and not adaptation.refused:
+                structure = ()  # the adapters are switched off just now: look again next time
+            elif lost:
+                choice = LoraChoice(MERGE, f"they change {lost[0]}, and the engine has no such tensor", fell_back=True)
+            else:
+                adapters, choice = self._choose(model, quantized)
+        if choice is not None and choice.mode == MERGE:
+            if not may_part:
+                raise UsageError(
+                    f"the adapters of this model cannot reach the engine that shares its weights: {choice.reason}. Use "
+                    "adapters that are plain LoRA, or apply(lora='slots') before rlpatch.load where only the fold cannot "
+                    "serve them; a TRL trainer can train them all the same, with a second copy of the weights"
+                )
+            self._withdraw()
+            self.adapters, self.lora = adapters, choice
+            self.refuse(_merged(choice))
+            _say(choice)
+            return
+        before = self.adapters, self.lora, self.policy
+        self.adapters, self.lora, self.policy = adapters, choice, None
+        try:
+            if choice is not None:
+                self._place_adapters()
+        except BaseException:
+            self.adapters, self.lora, self.policy = before
+            raise
+        if isinstance(before[2], FoldPolicy):
+            before[2].unguard()
+        self._structure = structure
+        if adapters is not None:
+            self._repoint(trainer_slots(model, adapters.names().get))
         else:
-            self.adapters = reader(model)
-            adaptation = self.adapters.read()
-            self.lora = choose(
-                self.context.lora,
-                adaptation,
-                cannot_share=None if self.shares else self.refusal,
-                cannot_slot=self._cannot_slot(adaptation),
-                quantized=quantized,
-            )
-        if self.lora.mode == MERGE:
-            why = f"the model has PEFT adapters, which TRL merges into the base ({self.lora.reason})"
-            self.refusal = self.refusal or why
-        level = logging.WARNING if self.lora.fell_back else logging.INFO
-        logger.log(level, "rlpatch: LoRA by %s: %s", self.lora.mode, self.lora.reason)
+            self._repoint(trainer_slots(model))
+            self.replaced = ()  # whatever it has now is the base
+        if choice is not None:
+            _say(choice)
+
+    def _withdraw(self) -> None:
+        """Let go of the policies: their hooks on the trainer's modules, their adapter in the engine."""
+        for policy in (self.policy, self._guest_fold):
+            if isinstance(policy, FoldPolicy):
+                policy.take_out()
+                policy.unguard()
+        if self._lora_slots is not None:
+            self._lora_slots.remove()
+        self.policy = self._guest_fold = self._lora_slots = None
+
+    @torch.no_grad()
+    def _repoint(self, current: list[Slot]) -> None:
+        """Tensors that the model uses now in place of those that it had (``modules_to_save``) take their places.
+
+        One that is no longer used gets memory of its own, with the values that it had.
+        """
+        assert self.sharing is not None
+        now = {slot.name: slot for slot in current}
+        for slot in self.slots:
+            new, old = now.get(slot.name), slot.tensor
+            if new is None or new.tensor is old:
+                continue
+            entry = next((entry for entry in self.sharing.shared if entry.slot is slot), None)
+            slot.module, slot.attribute = new.module, new.attribute
+            if entry is not None:
+                old.data = old.data.clone()
+                view, tensor = entry.engine_view(), slot.tensor
+                view.copy_(tensor.detach())
+                if (tensor.dtype, tensor.device) == (view.dtype, view.device):
+                    tensor.data = own_storage(view)
+                else:
+                    self.sharing.shared.remove(entry)
+                    self.sharing.copied[slot.name] = (slot, f"its copy is trained in {tensor.dtype} on {tensor.device}")
+            if slot.name in self.replaced:
+                self.replaced = tuple(name for name in self.replaced if name != slot.name)
+            else:
+                self.replaced = (*self.replaced, slot.name)
 
     def _cannot_slot(self, adaptation: Adaptation) -> str | None:
         provider = self.context.providers.get("lora_slots")
@@ -198,8 +323,10 @@ class Colocation:
         found: dict[str, Any] = {}
         if self.shares_planned:
             found.update(self.context.providers["share_weights"].engine_arguments(self))
+        rank = self.slots_rank
         if self.lora is not None and self.lora.mode == SLOTS:
             rank = rank_of(self.adapters.read().targets)
+        if rank:
             found.update(self.context.providers["lora_slots"].engine_arguments(rank))
         return found
 
@@ -207,7 +334,7 @@ class Colocation:
         """The engine is complete: make the policy, or leave the adapters to TRL after all."""
         assert self.engine is not None and self.lora is not None
         if self.lora.mode == SLOTS:
-            slots = Slots(self.engine, self.context.providers["lora_slots"](self.engine), self.adapters.read().targets)
+            slots = self._slots_for(self.adapters.read())
             refused = slots.refusals()
             if refused:
                 raise UsageError(
@@ -215,6 +342,7 @@ class Colocation:
                     "apply(lora='merge'), or leave these layers out of LoraConfig.target_modules"
                 )
             slots.register()
+            self._lora_slots = slots
             self.policy = SlotPolicy(self.adapters.read, slots)
         if self.lora.mode == FOLD and self.sharing is None:
             self.lora = LoraChoice(MERGE, f"the weights are not shared ({self.refusal})", fell_back=True)
@@ -222,9 +350,39 @@ class Colocation:
         if self.lora.mode == FOLD:
             assert self.sharing is not None
             path = str(getattr(self.adapters.model, "name_or_path", "") or "")
-            policy = FoldPolicy(self.adapters.read, checkpoint_reader(path) if path else None)
-            policy.guard(dict.fromkeys(entry.slot.module for entry in self.sharing.shared))
-            self.policy = policy
+            self.policy = self._fold_of(self.adapters.read, checkpoint_reader(path) if path else None)
+
+    def _fold_of(
+        self, read: Callable[[], Adaptation], recover: Callable[[str], torch.Tensor | None] | None = None
+    ) -> FoldPolicy:
+        assert self.sharing is not None
+        policy = FoldPolicy(read, recover)
+        policy.guard(dict.fromkeys(entry.slot.module for entry in self.sharing.shared))
+        return policy
+
+    def _slots_for(self, adaptation: Adaptation) -> Slots:
+        """This engine's slots (one adapter at a time lies in them), about to be registered for `adaptation`."""
+        assert self.engine is not None
+        targets = tuple(target for target in adaptation.targets if target.products)
+        if self._lora_slots is None:
+            return Slots(self.engine, self.context.providers["lora_slots"](self.engine), targets)
+        self._lora_slots.targets = targets
+        return self._lora_slots
+
+    def _guest(self, adaptation: Adaptation) -> Policy | None:
+        """What puts `adaptation` in place for one rollout; None for the base."""
+        assert self.engine is not None
+        if not adaptation.targets:
+            return None
+        if self.engine.lora_slots:
+            if self._lora_slots is None:
+                slots = self._slots_for(adaptation)
+                slots.register()
+                self._lora_slots = slots
+            return SlotPolicy(lambda: adaptation, self._lora_slots)
+        if self._guest_fold is None:
+            self._guest_fold = self._fold_of(lambda: self._instead or Adaptation(()))
+        return self._guest_fold
 
     def _trains(self, name: str) -> bool:
         """Whether adapters change the tensor of that name, or train a copy of it."""
@@ -317,50 +475,69 @@ class Colocation:
         self.engine.llm.reset_prefix_cache()
 
     @contextlib.contextmanager
-    def rollout(self) -> Iterator[None]:
-        """Around generation: policy and KV cache are in place inside, and out again afterwards, whatever happens inside."""
+    def rollout(self, instead: Adaptation | None = None) -> Iterator[None]:
+        """Around generation: policy and KV cache are in place inside, and out again afterwards, whatever happens inside.
+
+        Args:
+            instead: This adaptation of the base takes the place of the active adapters for once; one without targets is
+                the base itself.
+        """
         if self._rolling:  # the engine's generate inside of the trainer's
             yield
             return
-        self._rolling = True
+        self._rolling, self._instead = True, instead
         try:
             with self._policy_in_place(), self._kv_in_place():
                 yield
         finally:
-            self._rolling = False
+            self._rolling, self._instead = False, None
+            if instead is not None and self.engine is not None:
+                self.engine.llm.reset_prefix_cache()  # the active policy's next rollout may come without a sync
 
     @contextlib.contextmanager
     def _policy_in_place(self) -> Iterator[None]:
-        if self.policy is None:
+        for left in (self.policy, self._guest_fold):  # by an interrupt, if it came while they were taken out
+            if left is not None:
+                left.take_out()
+        policy = self.policy if self._instead is None else self._guest(self._instead)
+        if policy is None and self._instead is None:
             yield
             return
-        self.policy.put()
+        if self.sharing is not None:
+            self.sharing.rejoin()  # never while folded: what is copied then would stay folded
         try:
+            if policy is not None:
+                policy.put()
             assert self.engine is not None
             self.engine.llm.reset_prefix_cache()
-            if self.sharing is not None and self.sharing.copied and self.lora is not None and self.lora.mode == FOLD:
+            folds = self._guest_fold is not None or (self.lora is not None and self.lora.mode == FOLD)
+            if self.sharing is not None and self.sharing.copied and folds:
                 self.sharing.sync()
             yield
         finally:
-            self.policy.take_out()
+            if policy is not None:
+                policy.take_out()
 
     @contextlib.contextmanager
     def _kv_in_place(self) -> Iterator[None]:
-        if self.standby is None:
+        standby = self.standby
+        if standby is None:
             yield
             return
-        if self.standby.released:
-            self.standby.restore()
+        if standby.released:
+            standby.restore()
         try:
             yield
         except BaseException as error:
             try:
-                self.standby.release()
+                if self.standby is standby:  # else the pair was parted meanwhile
+                    standby.release()
             except Exception as second:  # the first error is the one to show
                 logger.warning("rlpatch: after %r the KV cache could not be released: %s", error, second)
             raise
         else:
-            self.standby.release()
+            if self.standby is standby:
+                standby.release()
 
     def sleep(self) -> None:
         """What ``LLM.sleep(level ≥ 1)`` means for this pair: the weights are the trainer's too, so only KV goes."""
@@ -385,14 +562,10 @@ class Colocation:
             if self.standby is not None and self.standby.released:
                 self.standby.restore()
         finally:
-            if isinstance(self.policy, FoldPolicy):
-                self.policy.take_out()
-                self.policy.unguard()
-            elif isinstance(self.policy, SlotPolicy):
-                self.policy.slots.remove()
+            self._withdraw()
             if self.sharing is not None:
                 self.sharing.part()
-            self.standby = self.policy = None
+            self.standby = None
             if self.on_joined is not None:
                 self.on_joined(self)  # the trainer's own sleep mode may take over again
             _live.discard(self)
@@ -417,6 +590,15 @@ class Colocation:
             "no standby": self.standby_refusal,
             "seconds": dict(self.seconds),
         }  # fmt: skip
+
+
+def _merged(choice: LoraChoice) -> str:
+    return f"the model has PEFT adapters, which TRL merges into the base ({choice.reason})"
+
+
+def _say(choice: LoraChoice) -> None:
+    level = logging.WARNING if choice.fell_back else logging.INFO
+    logger.log(level, "rlpatch: LoRA by %s: %s", choice.mode, choice.reason)
 
 
 def missing_path() -> UsageError:

@@ -5,11 +5,13 @@ under ``enable_sleep_mode``, calls ``llm.sleep(level=2)``; ``sync_weights`` push
 ``load_weights``; ``generate`` re-pushes after a level-2 sleep (``_llm_weights_sleeping``, trl#5142), wakes, generates
 and sleeps again. With shared weights the push becomes nothing, and TRL's sleep mode becomes KV standby: the flag
 ``enable_sleep_mode`` is off for as long as the pair shares.
+A model from ``rlpatch.load`` brings its engine with it, and ``_init_vllm`` then builds none.
 Delete when: TRL has a hook around engine construction and generation.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ from rlpatch.registry import Adapter, Context
 
 if TYPE_CHECKING:
     from rlpatch.phases import Colocation
+
+logger = logging.getLogger("rlpatch")
 
 _MODULE = "trl.generation.vllm_generation"
 
@@ -32,12 +36,10 @@ def _refusal(context: Context, generation: Any) -> str | None:
     from rlpatch.errors import UnsupportedError
     from rlpatch.sharing import quantized
 
-    model, accelerator = generation.model, generation.accelerator
-    if generation.tensor_parallel_size > 1:
-        return f"vllm_tensor_parallel_size={generation.tensor_parallel_size}: each engine holds a part of every weight"
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        return f"{kind} keeps the trainer's parameters in buffers of its own"
+    model = generation.model
+    split = _split(generation)
+    if split is not None:
+        return split
     if quantized.has_quantized(model):
         provider = context.providers.get("quantized_weights")
         if provider is None:
@@ -47,6 +49,17 @@ def _refusal(context: Context, generation: Any) -> str | None:
         return found
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         return "the trainer's model is quantized"
+    return None
+
+
+def _split(generation: Any) -> str | None:
+    """Why trainer and engine do not both hold whole weights, or None."""
+    if generation.tensor_parallel_size > 1:
+        return f"vllm_tensor_parallel_size={generation.tensor_parallel_size}: each engine holds a part of every weight"
+    distributed_type = generation.accelerator.distributed_type
+    kind = str(getattr(distributed_type, "value", distributed_type))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        return f"{kind} keeps the trainer's parameters in buffers of its own"
     return None
 
 
@@ -65,6 +78,55 @@ def _renamer(context: Context, generation: Any, adapted: bool) -> Any:
     return lambda name: fix(plain[name]) if name in plain else None
 
 
+def _take_over(pair: Colocation, generation: Any) -> None:
+    """Generate with the engine that `rlpatch.load` built for this model, where TRL would build one."""
+    from rlpatch.errors import UsageError
+    from rlpatch.sharing import quantized
+
+    assert pair.engine is not None and pair.owner is not None
+    split = _split(generation)
+    if split is not None:
+        raise UsageError(
+            f"the model comes from rlpatch.load and shares its weights with an engine already; {split}. Change that "
+            "setting, or load the model with transformers"
+        )
+    config = pair.engine.llm.llm_engine.model_config
+    wanted = generation.max_model_length
+    if wanted is not None and wanted > config.max_model_len:
+        raise UsageError(
+            f"vllm_max_model_length={wanted} is larger than rlpatch.load(max_seq_length={config.max_model_len}), with "
+            f"which this model's engine was built; load it with max_seq_length={wanted}, or lower the trainer's setting"
+        )
+    pair.follow(pair.owner(), quantized=quantized.has_quantized(generation.model), may_part=True)
+    _say_what_is_ignored(pair, generation)
+    generation.llm = pair.engine.llm
+    generation.enable_sleep_mode = False
+    generation._llm_weights_sleeping = False
+    generation._rlpatch_pair = pair
+    generation.accelerator.wait_for_everyone()
+
+
+def _say_what_is_ignored(pair: Colocation, generation: Any) -> None:
+    """One line for the settings that the engine was built with otherwise; TRL's defaults are among them."""
+    assert pair.engine is not None
+    built = pair.engine.llm.llm_engine.vllm_config
+    ignored = []
+    for setting, wanted, found in (
+        ("vllm_gpu_memory_utilization", generation.gpu_memory_utilization, built.cache_config.gpu_memory_utilization),
+        ("vllm_max_model_length", generation.max_model_length, built.model_config.max_model_len),
+        ("vllm_model_impl", generation.model_impl, str(getattr(built.model_config, "model_impl", "auto"))),
+    ):
+        if wanted is not None and wanted != found:
+            ignored.append(f"{setting}={wanted} (it has {found})")
+    if generation.enable_sleep_mode:
+        standby = "only its KV cache is released" if pair.standby is not None else "standby is off"
+        ignored.append(f"vllm_enable_sleep_mode=True ({standby}: its weights are the trainer's)")
+    if ignored:
+        logger.info(
+            "rlpatch: the trainer uses the engine of rlpatch.load as it is; without effect: %s", ", ".join(ignored)
+        )
+
+
 def _init_vllm(context: Context, wrapped: Any, generation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from rlpatch import phases
     from rlpatch.sharing import quantized
@@ -72,6 +134,9 @@ def _init_vllm(context: Context, wrapped: Any, generation: Any, args: tuple[Any,
 
     if generation.mode != "colocate":
         return wrapped(*args, **kwargs)
+    loaded = phases.of_trainer(generation.model)
+    if loaded is not None:
+        return _take_over(loaded, generation)
     if not getattr(generation.model, "name_or_path", ""):
         raise phases.missing_path()
     names = context.providers.get("checkpoint_names")

@@ -15,7 +15,7 @@ from torch import nn
 
 from rlpatch.errors import FoldError, UsageError
 from rlpatch.lora.fold import FOLDABLE, ReversibleFold
-from rlpatch.lora.slots import Slots, accepted_rank, rank_of
+from rlpatch.lora.slots import Slots, accepted_rank, rank_of, unfit
 from rlpatch.lora.target import Adaptation, in_one_line
 
 logger = logging.getLogger("rlpatch")
@@ -131,6 +131,7 @@ class FoldPolicy:
         Raises:
             FoldError: an adapter that cannot be folded was made active meanwhile, or see `ReversibleFold.fold`.
         """
+        self.take_out()  # what an interrupt left in place, if it came while the last rollout was taken out
         adaptation = self.read()
         reasons = {**adaptation.refused, **adaptation.unfoldable}
         if reasons:
@@ -225,6 +226,9 @@ def cannot_slot(adaptation: Adaptation, accepted: Sequence[int], unshared: Seque
         return in_one_line(adaptation.refused)
     if not adaptation.targets:
         return "no active adapter changes any weight"
+    without = {target.name: why for target in adaptation.targets if (why := unfit(target)) is not None}
+    if without:
+        return in_one_line(without)
     if unshared:
         return f"{unshared[0]} is trained as a whole, and the engine's weights are its own"
     try:

@@ -164,7 +164,7 @@ class Slots:
         reasons: dict[str, str] = {}
         shapes: dict[str, tuple[int, int]] = {}
         for target in self.targets:
-            why = _unfit(target)
+            why = unfit(target)
             if why is not None:
                 reasons[target.name] = why
             else:
@@ -331,7 +331,7 @@ def _shape(target: Target) -> tuple[int, int]:
     return int(product.left.shape[0]), int(product.right.shape[1])
 
 
-def _unfit(target: Target) -> str | None:
+def unfit(target: Target) -> str | None:
     """Why no engine has a slot for this target, as far as the trainer's side tells."""
     if target.name.endswith("]") or target.parameter not in ("", target.name):
         return "it is one expert of a 3-D parameter; only LoRAs on linear layers are copied into vLLM's slots"

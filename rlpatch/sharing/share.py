@@ -268,9 +268,7 @@ class Sharing:
         """
         if self.parted:
             raise SharingError("these weights are no longer shared; call TRL's own sync_weights instead")
-        moved = [e for e in self.shared if e.slot.tensor.data_ptr() != e.pointer]
-        for entry in moved:
-            self._rejoin(entry)
+        moved = self.rejoin()
         assert self.loader is not None
         for slot, _ in self.copied.values():
             for names in self._namings(slot, slot.tensor.detach()):
@@ -282,7 +280,14 @@ class Sharing:
                 break
             else:
                 raise SharingError(f"the engine's loader refuses {slot.name}: {failure}") from failure
-        return len(moved) + len(self.copied)
+        return moved + len(self.copied)
+
+    def rejoin(self) -> int:
+        """The first half of `sync`: what was moved out of the engine's memory; returns the number of these tensors."""
+        moved = [e for e in self.shared if e.slot.tensor.data_ptr() != e.pointer]
+        for entry in moved:
+            self._rejoin(entry)
+        return len(moved)
 
     def _rejoin(self, entry: SharedTensor) -> None:
         tensor, view = entry.slot.tensor, entry.engine_view()

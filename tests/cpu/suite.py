@@ -1,7 +1,7 @@
 """The golden suite: every scenario trained once, in one process, plain or patched; results as JSON.
 
-Run by test_golden.py in two fresh processes: ``python suite.py plain|patched FOLDER``. Scenarios follow one another in
-one process, so "a second trainer in the same process" is part of each of them.
+Run by test_golden.py in two fresh processes: ``python suite.py plain|patched FOLDER [SCENARIO …]``. Scenarios follow one
+another in one process, so "a second trainer in the same process" is part of each of them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Scenario:
         resume_at: Train again from the checkpoint of this step.
         plain_fails: Plain TRL cannot train it at all.
         exact: Plain and patched do the same arithmetic in the same order.
+        lora: Arguments of ``peft.LoraConfig``; empty: full fine-tuning.
     """
 
     family: str
@@ -37,23 +38,48 @@ class Scenario:
     resume_at: int | None = None
     plain_fails: bool = False
     exact: bool = True
+    lora: dict[str, Any] = field(default_factory=dict)
 
+
+EVALUATE = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "per_device_eval_batch_size": 8,
+    "save_strategy": "steps",
+    "save_steps": 3,
+}
+# Adapters start at zero: a few fast steps, so that they mean something
+FAST = {"learning_rate": 5e-3}
+LORA = {"r": 8, "lora_alpha": 16}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 # MoE first: vLLM makes its expert-parallel group with the first engine of a process or never.
 SCENARIOS: dict[str, Scenario] = {
     "qwen3-moe": Scenario("qwen3-moe"),
     # transformers 5 renames and fuses Mixtral's experts; vLLM refuses those names when plain TRL pushes them
     "mixtral": Scenario("mixtral", plain_fails=True),
+    "qwen3-moe-lora": Scenario(
+        "qwen3-moe", exact=False, config=FAST, lora={**LORA, "target_parameters": EXPERTS, "target_modules": ATTENTION}
+    ),
+    "qwen3-lora-beta-evaluate-save-resume": Scenario(
+        "qwen3",
+        steps=6,
+        exact=False,
+        config={**FAST, **EVALUATE, "beta": 0.04},
+        resume_at=3,
+        lora=LORA,
+    ),
+    "llama-lora-saved-embedding": Scenario(
+        "llama",
+        exact=False,
+        config=FAST,
+        lora={**LORA, "target_modules": ATTENTION, "modules_to_save": ["embed_tokens"]},
+    ),
     "qwen3-evaluate-save-resume": Scenario(
         "qwen3",
         steps=6,
-        config={
-            "eval_strategy": "steps",
-            "eval_steps": 2,
-            "per_device_eval_batch_size": 8,
-            "save_strategy": "steps",
-            "save_steps": 3,
-        },
+        config=EVALUATE,
         resume_at=3,
     ),
     "qwen3-tied-two-iterations": Scenario("qwen3-tied", steps=6, config={"num_iterations": 2}),
@@ -113,15 +139,20 @@ def run(name: str, scenario: Scenario, patched: bool, folder: Path) -> dict[str,
         trainer=scenario.trainer,
         output=str(folder / "runs" / name),
         config=scenario.config,
+        lora=scenario.lora,
     )
     rlpatch.apply(**({} if patched else {"include": ["cpu_weights"]}))
     trainer = worker.make_trainer(job)
+    frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     result = worker.train(trainer, job)
+    result["frozen_elements"] = sum(p.numel() for p in frozen.values())
+    result["frozen_changed"] = sum(int((trainer.model.get_parameter(n) != p).sum()) for n, p in frozen.items())
     result["evaluations"] = [row for row in trainer.state.log_history if "eval_loss" in row]
     saved = folder / "saved" / name
     result["save_copied_bytes"] = copied_while(lambda: trainer.model.save_pretrained(saved, max_shard_size="100KB"))
     result["saved"] = digests(saved)
-    result["index"] = json.loads((saved / "model.safetensors.index.json").read_text())
+    index = saved / "model.safetensors.index.json"
+    result["index"] = json.loads(index.read_text()) if index.is_file() else None  # adapters have none
     trainer.save_model(str(folder / "by_trainer" / name))
     result["saved_by_trainer"] = digests(folder / "by_trainer" / name)
     if scenario.resume_at is not None:
@@ -139,6 +170,8 @@ def main() -> int:
     patched, folder = sys.argv[1] == "patched", Path(sys.argv[2])
     results: dict[str, Any] = {}
     for name, scenario in SCENARIOS.items():
+        if sys.argv[3:] and name not in sys.argv[3:]:
+            continue
         try:
             results[name] = run(name, scenario, patched, folder)
         except Exception:

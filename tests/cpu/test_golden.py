@@ -54,6 +54,8 @@ def tolerance(scenario: str) -> float:
     # bf16 noise: two sums of the same numbers in another order differ by parts of 2^-8
     if SCENARIOS[scenario].dtype == "bfloat16":
         return 5e-3
+    if SCENARIOS[scenario].lora:
+        return 1e-5  # plain TRL's base drifts by what its merge and unmerge round
     return 5e-7 if SCENARIOS[scenario].exact else 2e-5
 
 
@@ -132,12 +134,25 @@ def test_checkpoint_loads_without_rlpatch(golden: dict[str, Any]) -> None:
     assert answer.stdout.strip().endswith("False")
 
 
-def test_evaluation_and_resume_agree(golden: dict[str, Any]) -> None:
-    plain, patched = pair(golden, "qwen3-evaluate-save-resume")
+@pytest.mark.parametrize("scenario", [name for name, scenario in SCENARIOS.items() if scenario.lora])
+def test_lora_is_folded_and_its_base_stays(golden: dict[str, Any], scenario: str) -> None:
+    plain, patched = pair(golden, scenario)
+    lora = patched["status"]["pairs"][-1]["lora"]
+    assert lora["mode"] == "fold" and lora["weights"] > 0
+    assert patched["frozen_elements"] == plain["frozen_elements"] > 0
+    assert patched["frozen_changed"] == 0
+    assert plain["frozen_changed"] > 0, "plain TRL leaves the base alone now: say so where the fold is explained"
+    assert patched["saved"].keys() == plain["saved"].keys()
+
+
+@pytest.mark.parametrize("scenario", ["qwen3-evaluate-save-resume", "qwen3-lora-beta-evaluate-save-resume"])
+def test_evaluation_and_resume_agree(golden: dict[str, Any], scenario: str) -> None:
+    plain, patched = pair(golden, scenario)
+    limit = tolerance(scenario)
     assert len(plain["evaluations"]) == 3
     for a, b in zip(plain["evaluations"], patched["evaluations"], strict=True):
-        assert b["eval_loss"] == pytest.approx(a["eval_loss"], abs=5e-7)
-        assert b["eval_reward"] == pytest.approx(a["eval_reward"], abs=5e-7)
+        assert b["eval_loss"] == pytest.approx(a["eval_loss"], abs=limit)
+        assert b["eval_reward"] == pytest.approx(a["eval_reward"], abs=limit)
     assert len(plain["resumed"]) == 6  # three steps from the checkpoint's history, three trained anew
     for a, b in zip(plain["resumed"], patched["resumed"], strict=True):
-        assert b == pytest.approx(a, abs=5e-7)
+        assert b == pytest.approx(a, abs=limit)
