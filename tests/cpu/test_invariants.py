@@ -423,42 +423,6 @@ def test_another_dtype_falls_back_to_trls_push(trainer_of: Any, caplog: pytest.L
     assert pair.standby.cycles >= 3  # standby works all the same
 
 
-def test_lora_falls_back_to_trls_merge(trainer_of: Any, tiny_model: str) -> None:
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import GRPOConfig, GRPOTrainer
-
-    plain_trainer = trainer_of(steps=2)  # for its settings
-    engine = worker.engine_defaults(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=32 << 20)
-    engine.apply()
-    try:
-        config = plain_trainer.args.to_dict()
-        kept = ("output_dir", "use_vllm", "vllm_mode", "per_device_train_batch_size", "num_generations", "max_steps")
-        trainer = GRPOTrainer(
-            model=plain_trainer.model.__class__.from_pretrained(tiny_model, dtype=torch.float32),
-            args=GRPOConfig(
-                **{k: config[k] for k in kept},
-                max_completion_length=8,
-                use_cpu=True,
-                bf16=False,
-                report_to=[],
-                vllm_max_model_length=96,
-                logging_steps=1,
-                save_strategy="no",
-            ),
-            reward_funcs=worker.reward_target_words,
-            train_dataset=Dataset.from_dict({"prompt": ["w1 w2 w3"] * 16}),
-            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        )
-    finally:
-        engine.revert()
-    pair = pair_of(trainer)
-    assert not pair.shares and "PEFT" in pair.refusal
-    trainer.train()
-    differences = [row["sampling/sampling_logp_difference/mean"] for row in trainer.state.log_history if "loss" in row]
-    assert len(differences) == 2 and max(differences) < 2e-6
-
-
 def test_what_the_loader_reorders_is_copied(trainer_of: Any, tmp_path: Any) -> None:
     """vLLM reorders GPT-NeoX's fused QKV. (Plain TRL cannot push this model at all: its lm_head has another name.)"""
     from rlpatch.demo import tiny
