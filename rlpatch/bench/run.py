@@ -155,6 +155,7 @@ class BenchRun:
         self.after_release: dict[str, int] = {}
         self.baseline = 0
         self.engine_held: int | None = None
+        self.engine_cached: int | None = None
         self.load: dict[str, int] = {}
         self.trainer: Any = None
 
@@ -301,10 +302,15 @@ class BenchRun:
         return {**self.load, "peak_above": max(inside, default=0) - self.load["before"], "seconds": seconds}
 
     def _init_vllm(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the engine holds once it is built and, where the variant does that, asleep or in standby."""
-        before = self._settled()
+        """What the engine holds once it is built and, where the variant does that, asleep or in standby.
+
+        Beside it: how much more of torch's own memory lies idle, in pieces that a live neighbour keeps from being given
+        back. The trainer gets these pieces first, so that they are not the engine's.
+        """
+        before, idle = self._settled(), self._reading().get("torch_cached", 0)
         result = wrapped(*args, **kwargs)
         self.engine_held = self._settled() - before
+        self.engine_cached = self._reading().get("torch_cached", 0) - idle
         return result
 
     def _settled(self) -> int:
@@ -533,6 +539,7 @@ class BenchRun:
                 "by_phase": memory_by_phase(samples, intervals, since, until),
                 "after_release": min((row["after_release"]["used"] for row in measured), default=None),
                 "engine_held": self.engine_held,
+                "engine_cached": self.engine_cached,
                 "load": self._load_memory(samples, intervals),
                 "watch_error": self.watch.error,
             },
