@@ -138,11 +138,13 @@ class Colocation:
         if not self.context.share_weights:
             self.refusal = "share_weights is off"
         elif "share_weights" not in self.context.providers:
-            self.refusal = self.refusal or "no adapter shares weights with this vLLM"
+            why = self.context.reasons.get("share_weights")
+            self.refusal = self.refusal or why or "no adapter shares weights with this vLLM"
         if not self.context.standby:
             self.standby_refusal = "standby is off"
         elif "standby" not in self.context.providers:
-            self.standby_refusal = self.standby_refusal or "no adapter brings standby to this vLLM"
+            why = self.context.reasons.get("standby")
+            self.standby_refusal = self.standby_refusal or why or "no adapter brings standby to this vLLM"
 
     @property
     def shares(self) -> bool:
@@ -156,9 +158,12 @@ class Colocation:
 
     @property
     def upstream_sleep_stays(self) -> bool:
-        """Whether the trainer's own sleep mode remains in charge: asked for, and the weights are the engine's alone."""
+        """Whether the trainer's own sleep mode remains in charge: asked for, and the weights are the engine's alone.
+
+        Never with LoRA slots: level 2 discards their memory, and vLLM goes on believing that the adapter lies in it.
+        """
         asked = self.upstream_sleep and self.engine is not None and self.engine.sleep_mode
-        return asked and not self.shares and self.standby is None
+        return asked and not self.shares and self.standby is None and not isinstance(self.policy, SlotPolicy)
 
     @property
     def wants_standby(self) -> bool:
@@ -440,7 +445,7 @@ class Colocation:
         elif self.context.share_weights:
             logger.warning("rlpatch: weights are not shared (%s); TRL's own weight sync is used", self.refusal)
         # Unshared weights that the user wants asleep are released by upstream's own sleep mode, KV included.
-        if self.upstream_sleep and not self.shares and self.engine.sleep_mode:
+        if self.upstream_sleep_stays:
             self.standby_refusal = "the trainer's own sleep mode is on"
         if self.wants_standby:
             try:
@@ -450,7 +455,11 @@ class Colocation:
                 self.standby, self.standby_refusal = None, str(error)
                 logger.warning("rlpatch: the KV cache stays resident: %s", error)
         if self.upstream_sleep and not self.upstream_sleep_stays:
-            logger.info("rlpatch: the trainer's sleep mode became KV standby: its weights are shared or stay resident")
+            instead = "became KV standby" if self.standby is not None else "stays off"
+            why = "its weights are shared or stay resident"
+            if isinstance(self.policy, SlotPolicy):
+                why = "level 2 would discard the LoRA slots"
+            logger.info("rlpatch: the trainer's sleep mode %s: %s", instead, why)
         if self.on_joined is not None:
             self.on_joined(self)
 
@@ -548,6 +557,11 @@ class Colocation:
             )
         if not self.standby.released:
             self.standby.release()
+
+    def forget_slots(self) -> None:
+        """The engine is about to discard the memory of its LoRA slots: the next rollout registers the adapter anew."""
+        if self._lora_slots is not None:
+            self._lora_slots.remove()
 
     def wake(self) -> None:
         """What ``LLM.wake_up`` means for this pair."""
