@@ -31,7 +31,12 @@ class Engine:
     @property
     def core(self) -> Any:
         """vLLM's EngineCore. Raises StandbyError when it lives in another process."""
-        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
+        client = getattr(self.llm.llm_engine, "engine_core", None)
+        if client is None:  # 0.9 and 0.10 still have it, and fall back to it on their own
+            raise StandbyError(
+                "this is vLLM's V0 engine; unset VLLM_USE_V1, or leave out what made vLLM fall back to V0"
+            )
+        core = getattr(client, "engine_core", None)
         if core is None:
             raise StandbyError(
                 "the vLLM engine runs in a process of its own; set VLLM_ENABLE_V1_MULTIPROCESSING=0 before it is built"

@@ -103,6 +103,8 @@ class Adapter:
         provides: What the cores use (a class, a function); may be None.
         patches: Builds the adapter's patches from the context; may be None.
         native: Upstream does it already; nothing is patched.
+        broken: Why the capability stays off in these releases although a neighbour's probe would accept them, with the
+            remedy; None: it works there.
     """
 
     capability: str
@@ -114,6 +116,7 @@ class Adapter:
     provides: Any = None
     patches: Callable[[Context], Sequence[Patch]] | None = None
     native: bool = False
+    broken: str | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -175,10 +178,14 @@ def choose(capability: str, found: Installed, *, probing: bool, options: Sequenc
         options: Adapters to choose from; default: all of that capability.
     """
     pool = tuple(options) if options is not None else candidates(capability)
-    supported = tuple(adapter.versions for adapter in pool)
+    supported = tuple(adapter.versions for adapter in pool if adapter.broken is None)
     if found.version is None:
         return Choice(None, found.problem or f"{found.library} is not installed", supported)
     version = found.version
+    for adapter in pool:
+        if adapter.broken is not None and within(version, adapter.versions):
+            return Choice(None, adapter.broken, supported)
+    pool = tuple(adapter for adapter in pool if adapter.broken is None)
     inside = [adapter for adapter in pool if within(version, adapter.versions)]
     outside = [adapter for adapter in reversed(pool) if adapter not in inside and adapter.probe is not None]
     if not probing:

@@ -84,7 +84,7 @@ class KVStandby:
             self.mechanism.restore()
         except (RuntimeError, MemoryError) as error:
             free = (
-                f", {torch.accelerator.get_memory_info()[0] >> 20} MiB are free"
+                f", {torch.get_device_module(self.engine.device).mem_get_info()[0] >> 20} MiB are free"
                 if self.engine.device.type != "cpu"
                 else ""
             )
@@ -104,7 +104,7 @@ def make_room(device: torch.device) -> None:
     as full while generating as if the weights were there twice.
     """
     if device.type != "cpu":
-        torch.accelerator.empty_cache()
+        torch.get_device_module(device).empty_cache()  # torch.accelerator cannot do it in the torch of vLLM 0.9 to 0.11
 
 
 class ResizedStorages:

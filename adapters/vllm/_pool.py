@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import os
 from typing import Any
+
+import torch
 
 from rlpatch.engine import Engine, synchronize
 from rlpatch.errors import StandbyError
@@ -92,6 +96,40 @@ def map_all(allocations: list[Any]) -> None:
 def _mark(data: Any, asleep: bool) -> None:
     if hasattr(data, "is_asleep"):  # the allocator's own sleep and wake_up consult it where it exists
         data.is_asleep = asleep
+
+
+@torch.inference_mode()
+def settle(engine: Engine) -> None:
+    """After `back`: what must not start from stale bytes.
+
+    Upstream does it after a wake (``init_fp8_kv_scales``, 0.12; ``post_kv_cache_wake_up``, 0.22 to 0.28): it zeroes a
+    quantized cache, whose bytes may read as NaN, and fills the scales with 1.0. The scales are the weights' and stayed
+    mapped here; filling them would lose calibrated ones. The V2 runner computes block-table layouts anew instead, which
+    its hook alone does.
+    """
+    after = getattr(engine.runner, "post_kv_cache_wake_up", None)
+    if after is not None and not hasattr(engine.runner, "init_fp8_kv_scales"):
+        after()
+    for tensor in engine.kv_tensors():
+        if tensor.element_size() == 1:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            whole.set_(tensor.untyped_storage()).zero_()  # type: ignore[call-overload]
+
+
+def expandable_segments_refused() -> str | None:
+    """Why this release's pool cannot be had beside the allocator options in force, or None (0.9 to 0.20.0 assert it)."""
+    from rlpatch.adapters.vllm._platform import on_cpu
+
+    if on_cpu() or "expandable_segments:True" not in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        return None
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    if "Expandable segments are not compatible" not in inspect.getsource(CuMemAllocator.__init__):
+        return None
+    return (
+        "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True, and this vLLM's memory pool asserts that they are off; take "
+        "them out to have standby"
+    )
 
 
 def kv_memory(engine: Engine) -> PoolAllocations | ResizedStorages:

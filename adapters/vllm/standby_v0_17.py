@@ -2,8 +2,7 @@
 
 From 0.17 ``LLMEngine.sleep(level=0)`` pauses scheduling alone and ``wake_up(tags=["scheduling"])`` resumes it; higher
 levels would take the weights along. Between the two the KV memory is let go directly (`_pool` on CUDA, resized storages
-on CPU). ``model_runner.post_kv_cache_wake_up`` (0.22–0.28) re-initialises what lives in KV memory: fp8 scales (V1
-runner), block-table layout tensors (V2 runner).
+on CPU); see `_pool.settle` for what lives in it beside keys and values. Up to 0.20.0 expandable segments are refused.
 Delete when: the oldest supported vLLM is 0.31.
 """
 
@@ -34,10 +33,10 @@ class PausedStandby:
 
     def restore(self) -> None:
         """Allocate, re-initialise, resume."""
+        from rlpatch.adapters.vllm._pool import settle
+
         self.memory.back()
-        after = getattr(self.engine.runner, "post_kv_cache_wake_up", None)
-        if after is not None:
-            after()
+        settle(self.engine)
         self.engine.llm.llm_engine.wake_up(tags=["scheduling"])
 
     def resident_bytes(self) -> int:
@@ -50,9 +49,16 @@ def _probe() -> str | None:
 
     from vllm.v1.engine.core import EngineCore
 
-    if not hasattr(EngineCore, "pause_scheduler"):
-        return "EngineCore has no pause_scheduler (no sleep level 0)"
+    # not pause_scheduler: 0.16 has one, and its sleep(level=0) discards everything
+    if "mode" not in inspect.signature(EngineCore.sleep).parameters:
+        return "EngineCore.sleep has no level 0 that only pauses"
     return None if "tags" in inspect.signature(EngineCore.wake_up).parameters else "wake_up takes no tags"
+
+
+def _relevant() -> str | None:
+    from rlpatch.adapters.vllm._pool import expandable_segments_refused
+
+    return expandable_segments_refused()
 
 
 ADAPTER = Adapter(
@@ -61,5 +67,6 @@ ADAPTER = Adapter(
     versions=">=0.17,<0.31",
     module="vllm.entrypoints.llm",
     probe=_probe,
+    relevant=_relevant,
     provides=PausedStandby,
 )
