@@ -13,7 +13,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from rlpatch.adapters.vllm.lora_slots_v0_17 import ADAPTER, ID, LoraSlots  # noqa: E402
+from rlpatch.adapters.vllm._lora_slots import ID, LoraSlots  # noqa: E402
+from rlpatch.adapters.vllm.lora_slots_v0_12 import ADAPTER  # noqa: E402
 from rlpatch.engine import Engine  # noqa: E402
 from rlpatch.errors import UsageError  # noqa: E402
 from rlpatch.lora.slots import Slots, rank_of  # noqa: E402

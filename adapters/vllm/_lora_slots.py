@@ -1,4 +1,4 @@
-"""LoRA slots: where vLLM keeps an adapter on the device, and its one ordinary registration.
+"""LoRA slots: where vLLM keeps an adapter on the device, and its one ordinary registration, in every release.
 
 ``LLMEngine.add_lora(LoRARequest)`` → EngineCore → ``Worker.add_lora`` → ``LoRAModelRunnerMixin.add_lora`` →
 ``LRUCacheWorkerLoRAManager.add_adapter``: ``_load_adapter`` reads a PEFT folder into host memory (cast to
@@ -6,20 +6,20 @@
 multiplies B by the scaling, ``activate_adapter`` takes the first free index of ``lora_index_to_id`` and calls
 ``set_lora(index, lora_a, lora_b)`` of every layer in ``modules`` (``reset_lora`` where the adapter has nothing). Both
 runners (``v1/worker/gpu_model_runner.py`` and V2's ``v1/worker/gpu/model_runner.py``) inherit the mixin and with it
-``lora_manager._adapter_manager``. Read in 0.17.0, 0.22.1, 0.25.1, 0.29.0, 0.30.0, 0.33.0, run on 0.22.1 and later;
-what differs is looked up on the objects: the mapper that LoRA names go through, and text names of multimodal models.
+``lora_manager._adapter_manager``. Read in every minor from 0.9.2 to 0.17 and in 0.22.1, 0.25.1, 0.29.0, 0.30.0, 0.33.0,
+run on 0.22.1 and later; what differs is looked up on the objects (the mapper that LoRA names go through, text names of
+multimodal models) or stands in the eras' own files (the arguments of ``set_lora``, the ranks that are accepted).
 
 Where ``set_lora`` puts what is learnt by watching its copies (`CopyTrace`), so that no layer class has to be known here.
-Nothing but a reload of the weights (``reset_lora_state``, 0.29 and later) takes a pinned adapter out of its slot.
-Delete when: vLLM takes an adapter's tensors directly (a ``LoRARequest`` with tensors) and updates them in place.
+Nothing but a reload of the weights (``reset_lora_state``, 0.29 and later) takes a pinned adapter out of its slot; sleep
+level 2 discards the slots' memory all the same (`rlpatch.phases.Colocation.upstream_sleep_stays`).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
-
-from rlpatch.registry import Adapter
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rlpatch.sharing.trace import Geometry
 
 NAME = "rlpatch"
+_SET_LORA = ("index", "lora_a", "lora_b")
 ID = 7517  # vLLM's own warm-up adapters count from 1, users' do mostly
 
 _Members = dict[str, "int | None"]  # trainer's name -> position in a packed layer, None for the layer itself
@@ -37,9 +38,16 @@ _Members = dict[str, "int | None"]  # trainer's name -> position in a packed lay
 class LoraSlots:
     """See `rlpatch.lora.slots.Mechanism`.
 
+    Attributes:
+        transposed: ``set_lora`` takes ``A [in, r]`` and ``B [r, out]``.
+        ranks: What ``LoRAConfig.max_lora_rank`` accepts; None: vLLM says so in ``MaxLoRARanks``.
+
     Raises:
         UsageError: the engine was built without LoRA.
     """
+
+    transposed = False
+    ranks: tuple[int, ...] | None = None
 
     def __init__(self, engine: Engine) -> None:
         from rlpatch.errors import UsageError
@@ -53,19 +61,21 @@ class LoraSlots:
         self.manager = worker_manager._adapter_manager
         self.index: int | None = None
 
-    @staticmethod
-    def accepted_ranks() -> tuple[int, ...]:
+    @classmethod
+    def accepted_ranks(cls) -> tuple[int, ...]:
         """What ``LoRAConfig.max_lora_rank`` accepts."""
+        if cls.ranks is not None:
+            return cls.ranks
         from vllm.config.lora import MaxLoRARanks
 
         return tuple(sorted(get_args(MaxLoRARanks)))
 
-    @staticmethod
-    def engine_arguments(rank: int) -> dict[str, Any]:
+    @classmethod
+    def engine_arguments(cls, rank: int) -> dict[str, Any]:
         """Arguments of ``LLM``. ``lora_dtype`` stays "auto": the dtype of the engine's weights."""
         from rlpatch.lora.slots import accepted_rank
 
-        rank = accepted_rank(rank, LoraSlots.accepted_ranks())
+        rank = accepted_rank(rank, cls.accepted_ranks())
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
 
     # ---- the trainer's names, the engine's layers --------------------------------------------------------------
@@ -146,6 +156,8 @@ class LoraSlots:
             b = source[at + size_a : at + size_a + size_b].view(rows, rank)
             offsets[name] = (at, at + size_a)
             at += size_a + size_b
+            if self.transposed:
+                a, b = a.T, b.T
             if position is None:
                 whole = (a, b)
             else:
@@ -153,10 +165,11 @@ class LoraSlots:
         trace = CopyTrace(source)
         try:
             with trace:
+                rest = [None] * (len(inspect.signature(layer.set_lora).parameters) - len(_SET_LORA))
                 if None in members.values():
-                    layer.set_lora(self.index, *whole)
+                    layer.set_lora(self.index, *whole, *rest)
                 else:
-                    layer.set_lora(self.index, lora_a, lora_b)
+                    layer.set_lora(self.index, lora_a, lora_b, *rest)
         except Exception as error:
             return dict.fromkeys(members, f"the LoRA slot of {module} does not take its shape: {error}")
         slots = len(self.manager.lora_index_to_id)
@@ -253,24 +266,35 @@ def _is_matrix(geometry: Geometry, rows: int, columns: int) -> bool:
     return geometry.size == (rows, columns) and all(n == 1 or stride == want for n, stride, want in strides)
 
 
-def _probe() -> str | None:
-    import inspect
+def probe(set_lora: tuple[str, ...], *, transposed: bool = False, ranks: bool = True) -> str | None:
+    """What this release lacks of what `LoraSlots` relies on, or None.
 
+    Args:
+        set_lora: What ``set_lora`` takes beyond `_SET_LORA`.
+        transposed: Whether it takes A and B transposed.
+        ranks: Whether ``MaxLoRARanks`` lists the ranks.
+    """
     try:
-        from vllm.config.lora import MaxLoRARanks
-        from vllm.lora.layers import BaseLayerWithLoRA
-        from vllm.lora.model_manager import LoRAModelManager
+        from vllm.lora.layers import BaseLayerWithLoRA, ColumnParallelLinearWithLoRA
         from vllm.lora.request import LoRARequest
         from vllm.lora.utils import parse_fine_tuned_lora_name
-        from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+        from vllm.lora.worker_manager import LoRAModelManager, LRUCacheWorkerLoRAManager
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     except ImportError as error:
         return str(error)
-    if not all(isinstance(rank, int) for rank in get_args(MaxLoRARanks)) or not get_args(MaxLoRARanks):
-        return "vllm.config.lora.MaxLoRARanks lists no ranks"
-    if list(inspect.signature(BaseLayerWithLoRA.set_lora).parameters)[1:] != ["index", "lora_a", "lora_b"]:
-        return "set_lora takes other arguments than (index, lora_a, lora_b)"
+    if ranks:
+        try:
+            from vllm.config.lora import MaxLoRARanks
+        except ImportError as error:
+            return str(error)
+        if not all(isinstance(rank, int) for rank in get_args(MaxLoRARanks)) or not get_args(MaxLoRARanks):
+            return "vllm.config.lora.MaxLoRARanks lists no ranks"
+    wanted = (*_SET_LORA, *set_lora)
+    if tuple(inspect.signature(BaseLayerWithLoRA.set_lora).parameters)[1:] != wanted:
+        return f"set_lora takes other arguments than ({', '.join(wanted)})"
+    if ("lora_a.T" in inspect.getsource(ColumnParallelLinearWithLoRA.set_lora)) != transposed:
+        return f"set_lora takes {'no ' if transposed else ''}transposed matrices"
     if list(inspect.signature(parse_fine_tuned_lora_name).parameters)[:2] != ["name", "weights_mapper"]:
         return "parse_fine_tuned_lora_name takes other arguments than (name, weights_mapper)"
     if getattr(LoRARequest, "__struct_fields__", ())[:3] != ("lora_name", "lora_int_id", "lora_path"):
@@ -279,25 +303,17 @@ def _probe() -> str | None:
         if not hasattr(owner, method):
             return f"{owner.__name__} has no {method}"
     # instance attributes: the code that sets them names them
-    for function, names in (
-        (LoRAModelRunnerMixin.load_lora_model, ("lora_manager",)),
-        (LRUCacheWorkerLoRAManager.create_lora_manager, ("_adapter_manager",)),
+    managers = [c for c in LoRAModelManager.__mro__ if "__init__" in vars(c)]  # up to 0.10 a base class sets the model
+    for functions, names in (
+        ([LoRAModelRunnerMixin.load_lora_model], ("lora_manager",)),
+        ([LRUCacheWorkerLoRAManager.create_lora_manager], ("_adapter_manager",)),
         (
-            LoRAModelManager.__init__,
+            [c.__init__ for c in managers if c is not object],
             ("lora_index_to_id", "modules", "packed_modules", "lora_config", "device", "model"),
         ),
     ):
-        missing = [name for name in names if name not in function.__code__.co_names]
+        known = {name for function in functions for name in function.__code__.co_names}
+        missing = [name for name in names if name not in known]
         if missing:
-            return f"{function.__qualname__} sets no {', '.join(missing)}"
+            return f"{functions[0].__qualname__} sets no {', '.join(missing)}"
     return None if hasattr(LoRAModelManager, "list_adapters") else "LoRAModelManager has no list_adapters"
-
-
-ADAPTER = Adapter(
-    capability="lora_slots",
-    library="vllm",
-    versions=">=0.17,<0.34",
-    module="vllm.entrypoints.llm",
-    probe=_probe,
-    provides=LoraSlots,
-)
