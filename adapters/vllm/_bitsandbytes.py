@@ -18,10 +18,10 @@ sides and go the usual way. vLLM wraps modules for LoRA after this loader has ru
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 from typing import TYPE_CHECKING, Any
 
+from rlpatch.adapters.vllm._platform import has as has
 from rlpatch.errors import SharingError
 from rlpatch.patching import Patch
 
@@ -35,14 +35,6 @@ logger = logging.getLogger("rlpatch")
 
 IN_TREE = "vllm.model_executor.model_loader.bitsandbytes_loader"
 PLUGIN = "vllm_bnb_plugin.bitsandbytes_loader"
-
-
-def has(module: str) -> bool:
-    """Whether `module` can be imported; its parents are, itself is not."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def flat_absmax(state: Any) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 
 def on_cpu() -> bool:
     """True when vLLM's current platform is the CPU backend."""
@@ -13,3 +15,11 @@ def on_cpu() -> bool:
 def only_on_cpu() -> str | None:
     """Relevance of adapters that concern the CPU backend alone."""
     return None if on_cpu() else "the engine does not run on CPU"
+
+
+def has(module: str) -> bool:
+    """Whether `module` can be imported; its parents are, itself is not."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
