@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlpatch.patching import Patch
+from rlpatch.patching import Patch, Wrapper
 from rlpatch.registry import Adapter, Context
 
-_LORA_REQUEST = 4  # where generate and chat would take it by position
+# How many positional arguments mean that lora_request is among them. ``generate(prompts, sampling_params,
+# prompt_token_ids, use_tqdm, lora_request)`` up to 0.10.1, keyword-only since; ``chat(messages, sampling_params,
+# use_tqdm, lora_request)``.
+_GENERATE_LORA, _CHAT_LORA = 5, 4
 
 
 def _init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -36,23 +39,26 @@ def _init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return None
 
 
-def _generate(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from rlpatch import phases
+def _rolled(lora_request: int) -> Wrapper:
+    def generate(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from rlpatch import phases
 
-    pair = phases.of_engine(instance)
-    if pair is None:
-        return wrapped(*args, **kwargs)
-    with pair.rollout():  # whoever calls the engine directly gets the policy and the KV cache, too
-        if pair.lora_request is not None and len(args) < _LORA_REQUEST and kwargs.get("lora_request") is None:
-            kwargs["lora_request"] = pair.lora_request
-        return wrapped(*args, **kwargs)
+        pair = phases.of_engine(instance)
+        if pair is None:
+            return wrapped(*args, **kwargs)
+        with pair.rollout():  # whoever calls the engine directly gets the policy and the KV cache, too
+            if pair.lora_request is not None and len(args) < lora_request and kwargs.get("lora_request") is None:
+                kwargs["lora_request"] = pair.lora_request
+            return wrapped(*args, **kwargs)
+
+    return generate
 
 
 def _patches(context: Context) -> list[Patch]:
     return [
         Patch("vllm.entrypoints.llm", "LLM.__init__", _init),
-        Patch("vllm.entrypoints.llm", "LLM.generate", _generate),
-        Patch("vllm.entrypoints.llm", "LLM.chat", _generate),
+        Patch("vllm.entrypoints.llm", "LLM.generate", _rolled(_GENERATE_LORA)),
+        Patch("vllm.entrypoints.llm", "LLM.chat", _rolled(_CHAT_LORA)),
     ]
 
 

@@ -423,7 +423,7 @@ EXPANDABLE = "expandable_segments:True"
 
 
 @pytest.mark.parametrize(("versions_", "variable", "value", "title", "severity"), [
-    ({"vllm": "0.12.0", **GPU}, CUDA_CONF, EXPANDABLE, "expandable segments stop", "problem"),
+    ({"vllm": "0.12.0", **GPU}, CUDA_CONF, EXPANDABLE, "expandable segments switch standby off", "warning"),
     ({"vllm": "0.12.0", **GPU}, "PYTORCH_ALLOC_CONF", EXPANDABLE, "vLLM does not see", "warning"),
     ({"vllm": "0.25.1", **GPU}, CUDA_CONF, f"{EXPANDABLE},max_split_size_mb:64", "dropped", "warning"),
     ({"vllm": "0.25.1", **GPU}, CUDA_CONF, EXPANDABLE, "switched off while", "info"),

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from rlpatch import phases, registry  # noqa: E402
-from rlpatch.adapters.vllm import _bitsandbytes, bitsandbytes_v0_17, bitsandbytes_v0_28  # noqa: E402
+from rlpatch.adapters.vllm import _bitsandbytes, bitsandbytes_v0_9, bitsandbytes_v0_28  # noqa: E402
 from rlpatch.errors import SharingError  # noqa: E402
 from rlpatch.sharing import quantized  # noqa: E402
 from rlpatch.sharing.quantized import QuantizedSharing, data_twice, refusal, states_twice  # noqa: E402
@@ -409,10 +409,10 @@ def test_switched_off_loads_as_usual() -> None:
 def test_the_releases_split_between_vllm_and_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     def present(*modules: str) -> None:
         monkeypatch.setattr(_bitsandbytes, "has", lambda module: module in modules)
-        for adapter in (bitsandbytes_v0_17, bitsandbytes_v0_28):
+        for adapter in (bitsandbytes_v0_9, bitsandbytes_v0_28):
             monkeypatch.setattr(adapter, "has", lambda module: module in modules)
 
-    old, new = bitsandbytes_v0_17.ADAPTER, bitsandbytes_v0_28.ADAPTER
+    old, new = bitsandbytes_v0_9.ADAPTER, bitsandbytes_v0_28.ADAPTER
     present(_bitsandbytes.IN_TREE, "bitsandbytes")
     assert old.probe() is None and old.relevant() is None and new.probe() is not None
     present("bitsandbytes")

@@ -1,8 +1,10 @@
-"""4-bit weights shared with the vLLM releases that have bitsandbytes in tree (0.17 to 0.27.1).
+"""4-bit weights shared with the vLLM releases that have bitsandbytes in tree (0.9.2 to 0.27.1).
 
 ``BitsAndBytesModelLoader.load_weights`` (vllm/model_executor/model_loader/bitsandbytes_loader.py) is wrapped; see
-``_bitsandbytes.py`` for the call it replaces. Between these releases that file changed in names only (FusedMoE became
-RoutedExperts); the parameters, ``bnb_quant_state``, ``bnb_shard_offsets`` and ``_apply_4bit_weight`` are the same.
+``_bitsandbytes.py`` for the call it replaces. In 0.9.2 stacking, binding and dequantizing stand in ``load_weights``
+itself, from 0.10.0 on in methods of their own; after that the file changed in names only (FusedMoE became RoutedExperts).
+The parameters (``uint8 [n, 1]`` with ``pack_factor``), ``bnb_quant_state``, ``bnb_shard_offsets`` and
+``_apply_4bit_weight`` are the same throughout.
 Delete when: the oldest supported vLLM is 0.28, which moved bitsandbytes into a plugin
 (https://github.com/vllm-project/vllm/pull/43529).
 """
@@ -20,7 +22,7 @@ def _probe() -> str | None:
 ADAPTER = Adapter(
     capability="quantized_weights",
     library="vllm",
-    versions=">=0.17,<0.28",
+    versions=">=0.9.2,<0.28",
     module="vllm.entrypoints.llm",
     probe=_probe,
     relevant=no_bitsandbytes,

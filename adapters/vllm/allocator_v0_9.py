@@ -1,10 +1,11 @@
 """The allocator options that a person set survive vLLM's memory pool.
 
-``CuMemAllocator.use_memory_pool`` ([0.20, 0.31)) switches expandable segments off around its pool, and on again, with a
+``CuMemAllocator.use_memory_pool`` ([0.20.1, 0.31)) switches expandable segments off around its pool, and on again, with a
 bare ``_set_allocator_settings("expandable_segments:False")``: torch takes that for the whole configuration and drops
 every other option of ``PYTORCH_CUDA_ALLOC_CONF`` (``max_split_size_mb``, ``garbage_collection_threshold``, …) for the
 whole process. Here the full configuration is put in place inside the pool (with expandable segments off) and after it.
-Fixed upstream in 0.31 (``device_allocator/alloc_conf.py``); releases before 0.20 refuse expandable segments.
+Fixed upstream in 0.31 (``device_allocator/alloc_conf.py``); releases up to 0.20.0 assert that expandable segments are
+off and set nothing, so that there is nothing to keep (standby then stays off, see `_pool.expandable_segments_refused`).
 Delete when: the oldest supported vLLM is 0.31.
 """
 
@@ -49,7 +50,8 @@ def _relevant() -> str | None:
 
     from vllm.device_allocator.cumem import CuMemAllocator
 
-    if '"expandable_segments:False"' not in inspect.getsource(CuMemAllocator.use_memory_pool):
+    # the call, not the words: from 0.31 on a comment has them
+    if '_set_allocator_settings("expandable_segments:False")' not in inspect.getsource(CuMemAllocator.use_memory_pool):
         return "this vLLM leaves the allocator's other options alone"
     return None
 
@@ -61,7 +63,7 @@ def _patches(context: Context) -> list[Patch]:
 ADAPTER = Adapter(
     capability="allocator_options",
     library="vllm",
-    versions=">=0.17,<0.34",
+    versions=">=0.9.2,<0.34",
     module="vllm.entrypoints.llm",
     relevant=_relevant,
     patches=_patches,
