@@ -33,12 +33,14 @@ from rlpatch.lora.policy import (
 from rlpatch.lora.slots import Slots, rank_of
 from rlpatch.lora.target import Adaptation, in_one_line
 from rlpatch.registry import Context
+from rlpatch.sharing.late import Crowded, free_bytes
 from rlpatch.sharing.share import Renamer, Sharing, Slot, own_storage, trainer_slots
 from rlpatch.standby import KVStandby
 
 logger = logging.getLogger("rlpatch")
 
 _building: contextvars.ContextVar[Colocation | None] = contextvars.ContextVar("rlpatch_building", default=None)
+_ROOM = 1.1  # times the weights: with less free memory the engine takes them tensor by tensor
 _live: weakref.WeakSet[Colocation] = weakref.WeakSet()
 
 
@@ -132,6 +134,7 @@ class Colocation:
     _guest_fold: FoldPolicy | None = None
     _lora_slots: Slots | None = None
     _structure: tuple[int, ...] = ()
+    _crowded: Crowded | None = None
 
     def __post_init__(self) -> None:
         self.number = 1 + max((pair.number for pair in _live), default=0)
@@ -409,11 +412,34 @@ class Colocation:
         finally:
             _building.reset(token)
 
+    @contextlib.contextmanager
+    def constructing(self) -> Iterator[Crowded | None]:
+        """Around the construction and filling of the engine's model; see `rlpatch.sharing.late` for crowded devices."""
+        tensors = [slot.tensor for slot in self.slots]
+        if self.refusal is not None or not tensors:
+            yield None
+            return
+        device, needed = tensors[0].device, sum(tensor.nbytes for tensor in tensors)
+        free = free_bytes(device)
+        if free > _ROOM * needed:
+            yield None
+            return
+        logger.info(
+            "rlpatch: the weights (%d MiB) do not fit twice (%d MiB are free): the engine takes them tensor by tensor",
+            needed >> 20, free >> 20,
+        )  # fmt: skip
+        with Crowded(device) as crowded:
+            self._crowded = crowded
+            try:
+                yield crowded
+            finally:
+                self._crowded = None
+
     def loading(self) -> Sharing | None:
         """Called by the loader: the `Sharing` to fill the engine with, or None to load as usual."""
         if self.refusal is not None:
             return None
-        self.sharing = Sharing(self.slots, self.renamer)
+        self.sharing = Sharing(self.slots, self.renamer, self._crowded.freed if self._crowded is not None else None)
         return self.sharing
 
     def refuse(self, reason: str) -> None:

@@ -30,14 +30,30 @@ def trainer_memory_loader() -> type:
     class TrainerMemoryLoader(BaseModelLoader):
         """Fill the engine from the trainer whose engine is being built; anything else loads from disk as usual."""
 
+        crowded: Any = None
+
         def download_model(self, model_config: Any) -> None:
             """Nothing to download: the weights are in this process."""
+
+        def load_model(self, *args: Any, **kwargs: Any) -> Any:
+            pair = phases.building()
+            if pair is None or pair.sharing is not None:
+                return super().load_model(*args, **kwargs)
+            with pair.constructing() as self.crowded:
+                return super().load_model(*args, **kwargs)
 
         def _from_disk(self, model: Any, model_config: Any) -> None:
             config = dataclasses.replace(self.load_config, load_format="auto")
             DefaultModelLoader(config).load_weights(model, model_config)
 
         def load_weights(self, model: Any, model_config: Any) -> None:
+            try:
+                self._load_weights(model, model_config)
+            finally:
+                if self.crowded is not None:
+                    self.crowded.finish()
+
+        def _load_weights(self, model: Any, model_config: Any) -> None:
             pair = phases.building()
             if pair is None:
                 refuse_overwriting(model)

@@ -143,11 +143,15 @@ class Sharing:
         slots: The trainer's tensors (`trainer_slots`).
         renamer: Maps one (name, tensor) to the checkpoint's names where the engine's loader refuses the trainer's name;
             returned tensors should be views. None: no second try.
+        freed: Called with the bytes of each tensor whose old memory `fill` has let go of.
     """
 
-    def __init__(self, slots: list[Slot], renamer: Renamer | None = None) -> None:
+    def __init__(
+        self, slots: list[Slot], renamer: Renamer | None = None, freed: Callable[[int], None] | None = None
+    ) -> None:
         self.slots = slots
         self.renamer = renamer
+        self.freed = freed
         self.shared: list[SharedTensor] = []
         self.copied: dict[str, tuple[Slot, str]] = {}
         self.absent: dict[str, str] = {}
@@ -190,6 +194,8 @@ class Sharing:
                 continue
             anchor = trace.pieces[0].storage_of
             self._alias(SharedTensor(slot, anchor, geometry, _address(anchor, geometry)))
+            if self.freed is not None:
+                self.freed(slot.tensor.nbytes)
 
     def _load(self, slot: Slot) -> CopyTrace | None:
         """Feed one tensor to the engine's loader, under the trainer's name, then under the checkpoint's names."""

@@ -437,6 +437,39 @@ def test_what_the_loader_reorders_is_copied(trainer_of: Any, tmp_path: Any) -> N
     )
 
 
+def test_weights_that_do_not_fit_twice(trainer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a crowded device the engine's weights come into being one by one, out of what the trainer lets go of."""
+    from rlpatch.sharing import late
+    from rlpatch.sharing.share import Sharing
+
+    first = trainer_of()
+    expected = generate(first)
+    monkeypatch.setattr(phases, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(late.LateMemory.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(late.Crowded.__init__, "__defaults__", (1,))
+    resident: list[int] = []
+    freed: list[int] = []
+    fill, original = Sharing.fill, late.Crowded.freed
+
+    def watched(self: Any, model: Any, loader: Any) -> None:
+        def load(weights: Any) -> Any:
+            resident.append(sum(p.untyped_storage().nbytes() for p in model.parameters()))
+            return loader(weights)
+
+        fill(self, model, load)
+
+    monkeypatch.setattr(Sharing, "fill", watched)
+    monkeypatch.setattr(late.Crowded, "freed", lambda self, size: (freed.append(size), original(self, size))[1])
+    trainer = trainer_of()
+    pair = pair_of(trainer)
+    assert pair.shares and not pair.sharing.copied
+    total = sum(p.untyped_storage().nbytes() for p in pair.engine.model.parameters())
+    assert resident[0] < 0.05 * total and resident == sorted(resident)
+    assert sum(freed) == pair.sharing.report().shared_bytes
+    assert generate(trainer) == expected
+    trainer.train()
+
+
 def test_a_second_trainer_on_the_same_model(trainer_of: Any, tiny_model: str) -> None:
     """The later engine takes the weights over; the earlier one follows with copies. Both roll out the same policy."""
     first = trainer_of()
