@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "doctor": ("rlpatch.doctor", "what is installed, which adapter serves it, and what would break it"),
+    "plan": ("rlpatch.memory.command", "what fits on a GPU: memory by phase, KV cache, longest context; needs no GPU"),
     "demo": ("rlpatch.demo.command", "train a tiny model with plain TRL and patched, side by side"),
     "bench": ("rlpatch.bench.command", "time and memory by phase: plain TRL, its sleep mode and rlpatch, side by side"),
     "matrix": ("rlpatch.matrix", "the table of known version pairs; --write regenerates tox.ini"),

@@ -1,0 +1,363 @@
+"""What the trainer holds, and what it needs for a moment, in bytes.
+
+The activations are counted tensor by tensor as transformers' modeling files save them for the backward pass, with an
+attention that keeps nothing quadratic but its mask. `tests/unit/test_memory_torch.py` runs real models under a dispatch
+mode that adds up live storages, and compares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rlpatch.errors import UsageError
+from rlpatch.memory.model import EMBEDDING, EXPERTS, LINEAR, OTHER, ModelShape, Tensor, dtype_name, positive, width
+from rlpatch.memory.optimizers import UNKNOWN, Optimizer, Trainable, optimizer
+
+TILES, FULL = "tiles", "full"
+_TILE_TOKENS, _TILE_VOCAB = 4096, 32768  # trl/kernels/chunked_logprob.py TOKEN_CHUNK_SIZE, trl/trainer/utils.py
+_LOGIT = 18  # bytes per logit at the peak of the full path: 16 measured with float32 logits, 2 for their bf16 gradient
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the model is trained.
+
+    Attributes:
+        rank: Of the LoRA; 0: the whole model is trained.
+        targets: ``target_modules`` of the LoRA.
+        adapter_dtype: Of the LoRA's weights (PEFT casts bf16 and fp16 adapters to float32 by itself).
+        quantized: The base is kept in bitsandbytes' 4 bits (nf4 or fp4).
+        double_quant: Its scales are quantized, too.
+        dtype: Of the trainer's weights.
+        compute: Of the activations (bf16=True: bfloat16).
+        masters: Float32 copies of what is trained, beside weights in `dtype` that the engine shares.
+        optim: transformers' name of the optimizer.
+        batch: Sequences in one forward and backward pass (``per_device_train_batch_size``).
+        prompt: Tokens of the longest prompt.
+        completion: Tokens of the longest completion.
+        accumulation: ``gradient_accumulation_steps``.
+        generate_every: Backward passes from one rollout to the next (``steps_per_generation * num_iterations``); None: as
+            many as are accumulated, TRL's default.
+        checkpointing: Gradient checkpointing.
+        reference: A frozen copy of the model for the KL term (beta > 0 without a LoRA).
+        reference_dtype: Of it; None: `dtype`.
+        head: How TRL computes log-probabilities: ``"tiles"`` (its fused LM head, TRL from 1.15; Liger's path in releases
+            before) or ``"full"`` (all logits at once).
+        attention: ``"sdpa"``, ``"flash"`` (no mask) or ``"eager"`` (keeps the scores).
+        processes: Data-parallel processes.
+        expandable_segments: torch's allocator runs with expandable segments.
+        trainable: What is trained, if known better than from `rank` and `targets`.
+    """
+
+    rank: int = 0
+    targets: str | tuple[str, ...] = "all-linear"
+    adapter_dtype: str = "float32"
+    quantized: bool = False
+    double_quant: bool = True
+    dtype: str = "bfloat16"
+    compute: str = "bfloat16"
+    masters: bool = False
+    optim: str = "adamw_torch_fused"
+    batch: int = 8
+    prompt: int = 512
+    completion: int = 256
+    accumulation: int = 1
+    generate_every: int | None = None
+    checkpointing: bool = True
+    reference: bool = False
+    reference_dtype: str | None = None
+    head: str = TILES
+    attention: str = "sdpa"
+    processes: int = 1
+    expandable_segments: bool = False
+    trainable: tuple[Trainable, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("rank", 0), ("batch", 1), ("prompt", 0), ("completion", 1), ("accumulation", 1), ("processes", 1)
+        ):  # fmt: skip
+            positive(getattr(self, name), name, least)
+        if self.generate_every is not None:
+            positive(self.generate_every, "generate_every")
+        for name in ("dtype", "compute", "adapter_dtype", "reference_dtype"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, dtype_name(getattr(self, name), name))
+        if self.quantized and not self.rank and self.trainable is None:
+            raise UsageError("quantized=True: a 4-bit base cannot be trained itself; give a LoRA rank")
+        if self.head not in (TILES, FULL):
+            raise UsageError(f"head={self.head!r}: expected {TILES!r} or {FULL!r}")
+        if self.attention not in ("sdpa", "flash", "eager"):
+            raise UsageError(f"attention={self.attention!r}: expected 'sdpa', 'flash' or 'eager'")
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt + self.completion
+
+    @property
+    def full(self) -> bool:
+        """Whether the model's own weights are trained."""
+        return not self.rank
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Bytes by purpose; see `measure`.
+
+    Attributes:
+        weights: The trainer's own weights, as they would be without sharing.
+        masters: Float32 copies of what is trained.
+        adapters: The LoRA's weights.
+        reference: The reference model.
+        optimizer: Optimizer state.
+        gradients: All of them.
+        buckets: What DDP copies gradients into.
+        checkpoints: Saved from the forward for the backward pass: every layer's input, or all that every layer saves.
+        layer: The layer that is recomputed and differentiated, on top of `checkpoints`.
+        head: LM head and log-probabilities at their peak, gradient of the head's weight included.
+        casts: bf16 copies of float32 weights that autocast keeps.
+        step: The optimizer's temporary tensors.
+        keeps_gradients: Whether rollouts happen with gradients half accumulated.
+        accumulates: Whether a step has more than one backward pass.
+    """
+
+    weights: int
+    masters: int
+    adapters: int
+    reference: int
+    optimizer: int
+    gradients: int
+    buckets: int
+    checkpoints: int
+    layer: int
+    head: int
+    casts: int
+    step: int
+    keeps_gradients: bool
+    accumulates: bool
+
+    @property
+    def moments(self) -> dict[str, dict[str, int]]:
+        """What is needed at once, beyond what always stays, at the three moments that can be the peak of a step.
+
+        ``"loss"``: the forward pass is over, the LM head is differentiated; gradients are there from earlier passes only.
+        ``"backward"``: layer after layer checkpoints go and gradients come, so the larger of the two counts, and both
+        when gradients are accumulated. ``"step"``: gradients and what the optimizer needs.
+        """
+        earlier = {"gradients": self.gradients} if self.accumulates else {}
+        if self.accumulates:
+            backward = {"gradients": self.gradients, "checkpoints": self.checkpoints, "layer": self.layer}
+        else:
+            larger = "gradients" if self.gradients > self.checkpoints else "checkpoints"
+            backward = {larger: max(self.gradients, self.checkpoints), "layer": self.layer}
+        return {
+            "loss": {**earlier, "checkpoints": self.checkpoints, "head": self.head, "casts": self.casts},
+            "backward": {**backward, "casts": self.casts},
+            "step": {"gradients": self.gradients, "step": self.step},
+        }
+
+    @property
+    def transient(self) -> int:
+        """The most that comes and goes in one forward and backward pass, gradients apart."""
+        return max(self.checkpoints + self.head, self.checkpoints + self.layer) + self.casts
+
+
+def quantized_bytes(elements: int, double_quant: bool = True) -> int:
+    """One weight in bitsandbytes' 4 bits with its scales (``bitsandbytes/functional.py`` `quantize_4bit`).
+
+    Two elements a byte; an ``absmax`` per 64: float32, or uint8 with a float32 ``absmax`` per 256 of them, a float32
+    offset and a codebook of 256; and a codebook of 16.
+    """
+    blocks = -(-elements // 64)
+    scales = blocks + -(-blocks // 256) * 4 + 256 * 4 + 4 if double_quant else blocks * 4
+    return -(-elements // 2) + scales + 16 * 4
+
+
+def weight_bytes(model: ModelShape, training: Training, dtype: str | None = None) -> int:
+    """The base's weights as the trainer keeps them; linear layers but the LM head in 4 bits if it is quantized."""
+    size = width(dtype or training.dtype)
+    if not training.quantized:
+        return model.parameters * size
+    total = 0
+    for tensor in model.tensors:
+        small = tensor.kind == LINEAR and tensor.name != "lm_head"
+        one = quantized_bytes(tensor.elements, training.double_quant) if small else tensor.elements * size
+        total += one * tensor.count
+    return total
+
+
+def trainables(model: ModelShape, training: Training) -> tuple[Trainable, ...]:
+    """What is trained, as the optimizer sees it."""
+    if training.trainable is not None:
+        return training.trainable
+    if training.full:
+        dtype = "float32" if training.masters else training.dtype
+        return tuple(Trainable(t.shape, t.count, dtype, t.kind == EMBEDDING) for t in model.tensors)
+    pairs: list[Trainable] = []
+    rank, dtype = training.rank, training.adapter_dtype
+
+    def pair(inputs: int, outputs: int, columns: int, count: int) -> None:
+        pairs.append(Trainable((columns, inputs), count, dtype))
+        pairs.append(Trainable((outputs, columns), count, dtype))
+
+    for tensor in model.linears(training.targets):
+        pair(tensor.inputs, tensor.outputs, rank, tensor.count)
+    if training.targets == "all-linear":
+        # PEFT 0.21 with transformers 5 adapts routers and fused experts, too; gate and up have a rank each
+        for tensor in model.tensors:
+            if tensor.kind == EXPERTS:
+                experts, outputs, inputs = tensor.shape
+                pair(inputs, outputs, experts * rank * (2 if "gate_up" in tensor.name else 1), tensor.count)
+            elif tensor.kind == OTHER and tensor.name == "router":
+                pair(tensor.shape[1], tensor.shape[0], rank, tensor.count)
+    return tuple(pairs)
+
+
+def layer_bytes(model: ModelShape, training: Training) -> tuple[int, int, int]:
+    """Bytes of activations per token: (what one layer saves, what its backward needs on top, a layer's input).
+
+    With c bytes a number, h the hidden width, q and k the widths of all query and key heads, i the MLP's:
+
+    - each norm: its float32 input 4h, the normalized tensor ch if its weight is trained, its output ch if a linear layer
+      of which the weight is trained reads it; LayerNorm keeps its input, ch, instead of the float32 copy
+    - attention: queries, keys, values and output, c(2q + 2k); norms of queries and keys (4 + c)(q + k)
+    - MLP: gate, activation, up and product, 4ci; without a trained weight to feed, 3ci
+    - a LoRA: every adapted layer's input once more, in float32 without autocast, and its rank
+    - experts: per routed token its input and output ch each, and 4c times the expert's width
+    """
+    h, q, k = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    c = width(training.compute)
+    wide = width(training.dtype) == 4 and c < 4 and not training.quantized  # float32 weights under autocast
+    stream = 4 if width(training.dtype) == 4 and not training.quantized else c  # bytes of the residual stream
+    full = training.full
+    if model.rms:
+        # gemma multiplies, and olmo2 scales, in float32
+        scaled = 4 if wide or model.family.startswith(("gemma", "olmo")) else c
+        norm = (4 + (scaled if full else 0)) * h
+        heads = (4 + (scaled if full else 0)) * (q + k) if model.qk_norm else 0
+    else:
+        norm, heads = stream * h, 0
+    saved = model.norms * norm + heads
+    saved += (4 * (q + 2 * k) + 4 * q) if wide else c * (2 * q + 2 * k)
+    if full:
+        saved += 5 * c * h if wide else 2 * c * h
+    fused = any(t.name in ("qkv_proj", "c_attn", "query_key_value") for t in model.tensors)
+    if fused:
+        saved += 3 * (q + 2 * k) * c // 2
+    if training.attention == "sdpa":
+        saved += 2 * c * (q - k)  # keys and values repeated for grouped queries
+    saved += 4 * model.heads + 4 * 2 * (model.heads + model.kv_heads)  # log-sum-exps and norms' scales
+
+    def mlp(columns: int) -> int:
+        if not model.gated:
+            return (10 if model.family == "gpt2" else 4) * columns * c // 2 * (2 if c == 4 else 1)
+        return (4 if full else 3) * c * columns
+
+    dense = model.experts == 0 or any(t.kind == LINEAR and t.name in ("down_proj", "c_fc") for t in model.tensors)
+    routed = 0
+    if model.experts:
+        e = 4 if wide else c
+        routed = model.experts_per_token * e * (2 * h + 4 * model.expert_intermediate) + 16 * model.experts
+        if not full:
+            # adapted inputs of the experts, and what ParamWrapper keeps of both halves
+            routed += model.experts_per_token * c * 2 * model.expert_intermediate + 2 * c * h
+    saved += max(mlp(model.intermediate) if dense else 0, routed)
+    if not full:
+        names = {t.name for t in model.linears(training.targets)} if training.rank else set()
+        per_layer = [t for t in model.tensors if t.kind == LINEAR and t.name in names and t.name != "lm_head"]
+        each = 4 if c == 4 else c
+        saved += sum(t.inputs * each + 4 * max(training.rank, 1) for t in _distinct(per_layer))
+    if wide:
+        saved = saved * 102 // 100  # rotary embeddings in float32 and the like
+    e = 4 if wide and model.experts else c
+    extra = max(
+        3 * c * model.intermediate + 2 * c * h if dense else 0,
+        22 * h,
+        model.experts_per_token * e * (3 * model.expert_intermediate + 2 * h),
+    )
+    return saved, extra, stream * h
+
+
+def _distinct(tensors: list[Tensor]) -> list[Tensor]:
+    """One per place in a layer: GPT-2 has two layers of the name c_proj."""
+    return list({(t.name, t.inputs, t.outputs): t for t in tensors}.values())
+
+
+def head_bytes(model: ModelShape, training: Training) -> int:
+    """The LM head and the log-probabilities of the completions, at the peak of their backward pass."""
+    tokens, c = training.batch * training.completion, width(training.compute)
+    trained = training.full  # also where it is tied
+    weight = model.vocab * model.hidden * (4 + width(training.dtype)) if trained else 0
+    if training.head == FULL:
+        return training.batch * (training.completion + 1) * model.vocab * _LOGIT + weight // 2
+    tile = min(tokens, _TILE_TOKENS) * _TILE_VOCAB * c  # as wide whatever the vocabulary is
+    piece = min(_TILE_VOCAB, model.vocab) * model.hidden * c if width(training.dtype) > c else 0
+    # hidden states picked out, their gradient in float32 and cast, running sums
+    return tile + piece + weight + tokens * model.hidden * (c + 4 + c) + tokens * 7 * 4
+
+
+def measure(model: ModelShape, training: Training) -> TrainingBytes:
+    """Everything that training holds, by purpose.
+
+    Raises:
+        UsageError: the optimizer or a LoRA target is not known.
+    """
+    tensors = trainables(model, training)
+    how = _optimizer(training)
+    trained = sum(t.elements * t.count for t in tensors)
+    tokens = training.batch * training.length
+    saved, extra, stream = layer_bytes(model, training)
+    mask = 0 if training.attention == "flash" else training.batch * training.length**2 * 3
+    if training.attention == "eager":
+        scores = training.batch * model.heads * training.length**2 * (4 + 2 * width(training.compute))
+    else:
+        scores = 0
+    layer = tokens * saved + scores
+    base = tokens * 14 * model.hidden + mask
+    if training.checkpointing:
+        checkpoints, recomputed = model.layers * tokens * stream + base, layer + tokens * extra
+    else:
+        checkpoints, recomputed = model.layers * layer + base, tokens * extra + scores
+    if training.quantized:  # bitsandbytes unpacks one weight at a time (`MatMul4Bit`)
+        recomputed += max((t.elements for t in model.linears()), default=0) * width(training.compute)
+    if training.masters and training.full:
+        gradients = trained * width(training.dtype)
+        masters = trained * 4
+        step = how.workspace_bytes(tensors) + max((t.elements for t in tensors), default=0) * 4
+    else:
+        gradients = sum(t.bytes for t in tensors)
+        masters = 0
+        step = how.workspace_bytes(tensors)
+    every = training.generate_every or training.accumulation
+    return TrainingBytes(
+        weights=weight_bytes(model, training),
+        masters=masters,
+        adapters=0 if training.full else sum(t.bytes for t in tensors),
+        reference=weight_bytes(model, replace(training, quantized=False), training.reference_dtype)
+        if training.reference
+        else 0,
+        optimizer=how.state_bytes(tensors),
+        gradients=gradients,
+        buckets=gradients if training.processes > 1 else 0,
+        checkpoints=checkpoints,
+        layer=recomputed,
+        head=head_bytes(model, training),
+        casts=_casts(model, training, tensors),
+        step=step,
+        keeps_gradients=every % training.accumulation != 0,
+        accumulates=training.accumulation > 1,
+    )
+
+
+def _casts(model: ModelShape, training: Training, tensors: tuple[Trainable, ...]) -> int:
+    """Float32 weights that autocast copies in the forward pass and caches until its end: leaves with a gradient only."""
+    narrow = width(training.compute)
+    if narrow >= 4 or (training.full and width(training.dtype) < 4):
+        return 0
+    if training.full:
+        return model.parameters * narrow
+    return sum(t.elements * t.count for t in tensors if width(t.dtype) == 4) * narrow
+
+
+def _optimizer(training: Training) -> Optimizer:
+    return UNKNOWN if training.optim == "unknown" else optimizer(training.optim)
