@@ -21,8 +21,8 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)")
 _DIGITS = 30  # more would be no size, and costs time to work out
 
 # Total memory as CUDA reports it (`cudaMemGetInfo`), in GiB, rounded down; it is less than the name says and moves by
-# some hundred MiB with ECC and the driver. H200: 150109880320 bytes, measured (bench/results); the others are what
-# torch's out-of-memory messages give as "total capacity".
+# some hundred MiB with ECC and the driver. H200: measured (150109880320 bytes, bench/results); the
+# others are commonly seen values, not measured here: give bytes where it matters.
 _CARDS = {
     "b200": 178.3, "h200": 139.80, "h100": 79.10, "h100-80gb": 79.10, "a100": 79.10, "a100-80gb": 79.10, "a100-40gb": 39.38,
     "h800": 79.10, "a800": 79.10, "l40s": 44.39, "l40": 44.39, "a40": 44.33, "a6000": 47.53,
