@@ -328,6 +328,17 @@ def test_each_capability_names_the_adapter_that_serves_it(world: Any) -> None:
     assert outcomes["standby"].adapter == "vllm/standby_v0_17"
 
 
+@pytest.mark.parametrize(("release", "why"), [("0.10.2", "std::bad_alloc"), ("0.14.1", "cudaErrorIllegalAddress")])
+def test_where_standby_is_known_to_fail_it_stays_off_and_the_weights_are_shared(
+    world: Any, release: str, why: str
+) -> None:
+    world(vllm=release)
+    outcomes = {outcome.capability: outcome for outcome in doctor.diagnose().outcomes}
+    assert str(outcomes["standby"].state) == "unsupported" and why in outcomes["standby"].reason
+    assert outcomes["share_weights"].adapter == "vllm/weights_v0_10"
+    assert why in one("with standby (vllm-01").detail
+
+
 def test_a_release_older_than_every_adapter_is_a_problem_and_a_newer_one_a_warning(world: Any) -> None:
     world(vllm="0.8.0")
     assert one("engine is unsupported").severity == "problem"
