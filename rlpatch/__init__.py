@@ -26,7 +26,7 @@ def apply(
     *,
     standby: bool | None = None,
     share_weights: bool | None = None,
-    defaults: bool | None = None,
+    defaults: bool | Iterable[str] | str | None = None,
     lora: str | None = None,
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str | None = None,
@@ -38,7 +38,9 @@ def apply(
         standby: Release the KV cache's memory whenever no tokens are generated. None: ``RLPATCH_STANDBY``, then
             ``UNSLOTH_VLLM_STANDBY``, then True.
         share_weights: One copy of the weights for trainer and engine. None: ``RLPATCH_SHARE_WEIGHTS``, then True.
-        defaults: Config fix-ups for fields left at their default. None: ``RLPATCH_DEFAULTS``, then True.
+        defaults: Better defaults for the config fields of GRPO and its kin that were left alone, and batches that divide
+            (docs/config.md); False for none of it, or the names of those wanted, e.g. ``{"optim", "divisibility"}``. What
+            was changed is logged once per config. None: ``RLPATCH_DEFAULTS`` (yes, no, or names), then True.
         lora: How a LoRA reaches the engine. ``"fold"``: folded into the shared weights for each rollout and taken out
             again bit for bit; ``"slots"``: through vLLM's own LoRA kernels; ``"merge"``: TRL's merge, push and unmerge;
             ``"auto"``: the fold where it is exact, else slots, else merge. None: ``RLPATCH_LORA``, then ``"auto"``.

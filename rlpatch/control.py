@@ -12,15 +12,14 @@ from types import ModuleType
 from typing import Any
 
 from rlpatch import registry, versions
+from rlpatch.config import listing
+from rlpatch.config.defaults import NAMES
 from rlpatch.errors import UnsupportedError
 from rlpatch.patching import PatchSet, when_imported
 from rlpatch.registry import Adapter, Context, Outcome, State
 from rlpatch.settings import Settings, resolve
 
 logger = logging.getLogger("rlpatch")
-
-# Switches of apply() that no adapter brings yet; listed so that status() can say so.
-ANNOUNCED: dict[str, str] = {"defaults": "trl"}
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,14 @@ class Report:
         applied: Whether `apply` is in force.
         outcomes: One per capability.
         pairs: One dict per live pair (see `rlpatch.phases.Colocation.describe`).
+        configs: What was changed in the latest configs (see `rlpatch.config.listing`).
     """
 
     applied: bool
     outcomes: tuple[Outcome, ...] = ()
     pairs: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    configs: tuple[listing.Listing, ...] = ()
 
     def __getitem__(self, capability: str) -> Outcome:
         for outcome in self.outcomes:
@@ -51,6 +52,7 @@ class Report:
             "outcomes": [outcome.as_dict() for outcome in self.outcomes],
             "pairs": list(self.pairs),
             "notes": list(self.notes),
+            "configs": [entry.as_dict() for entry in self.configs],
         }
 
     def __str__(self) -> str:
@@ -61,6 +63,8 @@ class Report:
             lines.append(
                 "  pair: " + ", ".join(f"{key} {value}" for key, value in pair.items() if value not in (None, [], {}))
             )
+        for entry in self.configs:
+            lines += [f"  {line}" for line in str(entry).splitlines()]
         return "\n".join(lines)
 
 
@@ -84,14 +88,15 @@ def apply(**arguments: Any) -> Report:
     """See `rlpatch.apply`."""
     global _run
     with _lock:
-        known = {**registry.capabilities(), **ANNOUNCED}
-        settings = resolve(**arguments, known=known)
+        known = registry.capabilities()
+        settings = resolve(**arguments, known=known, known_defaults=NAMES)
         if _run is not None:
             if _run.settings == settings:
                 return status()
             logger.info("rlpatch: settings changed; reverting and applying anew")
             revert()
-        context = Context(settings.wants("standby"), settings.wants("share_weights"), settings.lora)
+        chosen = NAMES if settings.defaults is True else settings.defaults or ()
+        context = Context(settings.wants("standby"), settings.wants("share_weights"), settings.lora, chosen)
         run = _Run(settings, context)
         try:
             for capability, library in known.items():
@@ -113,9 +118,6 @@ def _start(run: _Run, capability: str, library: str) -> None:
     """Decide one capability as far as versions tell, and arm the rest for when its module is imported."""
     if not run.settings.wants(capability):
         run.outcomes[capability] = Outcome(capability, library, State.SKIPPED, reason="switched off")
-        return
-    if capability in ANNOUNCED:
-        run.outcomes[capability] = Outcome(capability, library, State.SKIPPED, reason="no adapter brings it yet")
         return
     found = versions.installed(library)
     choice = registry.choose(capability, found, probing=False)
@@ -256,6 +258,7 @@ def revert() -> Report:
         notes = _phases().part_all() if _phases() else []
         notes += _undo(_run)
         _run = None
+        listing.clear()
         for note in notes:
             logger.warning("rlpatch: %s", note)
         return Report(False, notes=tuple(notes))
@@ -270,6 +273,7 @@ def status() -> Report:
             True,
             tuple(_run.outcomes.values()),
             tuple(pair.describe() for pair in (_phases().live() if _phases() else ())),
+            configs=listing.listings(),
         )
 
 

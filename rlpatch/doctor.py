@@ -25,6 +25,7 @@ from packaging.version import Version
 
 import rlpatch
 from rlpatch import control, registry, versions
+from rlpatch.config.defaults import NAMES
 from rlpatch.errors import RlpatchError, UsageError
 from rlpatch.registry import Outcome, State
 from rlpatch.settings import Settings, resolve
@@ -340,7 +341,7 @@ def _settings(diagnosis: Diagnosis) -> Iterable[Finding]:
             yield _refused(error)
     try:
         # the flags were judged one by one above; here only names of capabilities can be wrong
-        _resolve(standby=True, share_weights=True, defaults=True, strict=False)
+        _resolve(standby=True, share_weights=True, strict=False)
     except UsageError as error:
         yield _refused(error)
     alias = os.environ.get("UNSLOTH_VLLM_STANDBY")
@@ -360,7 +361,7 @@ def _refused(error: UsageError) -> Finding:
 
 def _resolve(**given: bool) -> Settings:
     arguments: dict[str, Any] = dict.fromkeys(entry.name for entry in fields(Settings) if entry.name != "explicit")
-    return resolve(**{**arguments, **given}, known=[*registry.capabilities(), *control.ANNOUNCED])
+    return resolve(**{**arguments, **given}, known=registry.capabilities(), known_defaults=NAMES)
 
 
 def _usable_settings() -> Settings:
@@ -380,7 +381,7 @@ def _capabilities(diagnosis: Diagnosis) -> Iterable[Finding]:
     else:
         settings = _usable_settings()
         outcomes = []
-        for capability, library in {**registry.capabilities(), **control.ANNOUNCED}.items():
+        for capability, library in registry.capabilities().items():
             entry = probed.get(capability)
             if entry is not None and settings.wants(capability):
                 entry = {**entry, "state": State(entry["state"]), "supported": tuple(entry["supported"])}
@@ -397,8 +398,6 @@ def _prospect(capability: str, library: str, found: Installed, settings: Setting
     version = str(found.version) if found.version else None
     if not settings.wants(capability):
         return Outcome(capability, library, State.SKIPPED, reason="switched off by the environment", found=version)
-    if capability in control.ANNOUNCED:
-        return Outcome(capability, library, State.SKIPPED, reason="no adapter brings it yet", found=version)
     choice = registry.choose(capability, found, probing=False)
     if choice.adapter is None:
         absent = found.version is None and found.problem is None

@@ -78,6 +78,7 @@ class Context:
         standby: Whether KV standby is wanted.
         share_weights: Whether trainer and engine shall share one copy of the weights.
         lora: How a LoRA shall reach the engine (see `rlpatch.apply`).
+        defaults: Which config defaults are wanted (see `rlpatch.config.defaults.NAMES`).
         providers: capability -> the chosen adapter's `provides` (filled as capabilities resolve).
         reasons: capability -> why it has none, in words.
     """
@@ -85,6 +86,7 @@ class Context:
     standby: bool = True
     share_weights: bool = True
     lora: str = "auto"
+    defaults: tuple[str, ...] = ()
     providers: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 

@@ -19,7 +19,8 @@ class Settings:
     Attributes:
         standby: KV cache exists only while tokens are generated.
         share_weights: Trainer and engine hold one copy of the weights.
-        defaults: Config fix-ups of fields left at their default.
+        defaults: Better defaults for config fields left alone, and batches that divide; the names of those wanted, or
+            True for all of them.
         lora: How a LoRA reaches the engine: ``"auto"``, ``"fold"``, ``"slots"`` or ``"merge"`` (TRL's way).
         include: Only these capabilities, or None for all.
         exclude: Never these capabilities.
@@ -29,7 +30,7 @@ class Settings:
 
     standby: bool = True
     share_weights: bool = True
-    defaults: bool = True
+    defaults: bool | tuple[str, ...] = True
     lora: str = "auto"
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
@@ -40,19 +41,20 @@ class Settings:
         """Whether `capability` shall be applied."""
         if capability in self.exclude or (self.include is not None and capability not in self.include):
             return False
-        return {"standby": self.standby, "share_weights": self.share_weights, "defaults": self.defaults}.get(
-            capability, True
-        )
+        switches = {"standby": self.standby, "share_weights": self.share_weights, "defaults": bool(self.defaults)}
+        return switches.get(capability, True)
 
 
-def _names(value: Iterable[str] | str | None, origin: str, known: Iterable[str]) -> tuple[str, ...] | None:
+def _names(
+    value: Iterable[str] | str | None, origin: str, known: Iterable[str], kind: str = "capability"
+) -> tuple[str, ...] | None:
     if value is None:
         return None
     names = tuple(n.strip() for n in (value.split(",") if isinstance(value, str) else value) if n.strip())
     unknown = [name for name in names if name not in set(known)]
     if unknown:
         raise UsageError(
-            f"{origin}: unknown capability {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
+            f"{origin}: unknown {kind} {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
         )
     return names
 
@@ -61,21 +63,22 @@ def resolve(
     *,
     standby: bool | None,
     share_weights: bool | None,
-    defaults: bool | None,
+    defaults: bool | Iterable[str] | str | None,
     lora: str | None,
     include: Iterable[str] | str | None,
     exclude: Iterable[str] | str | None,
     strict: bool | None,
     known: Iterable[str],
+    known_defaults: Iterable[str] = (),
 ) -> Settings:
     """Merge arguments (None: not given) with ``RLPATCH_*`` variables and defaults.
 
     ``UNSLOTH_VLLM_STANDBY`` counts as ``RLPATCH_STANDBY`` when the latter is unset: scripts that come from there set it.
 
     Raises:
-        UsageError: a capability is unknown, or a value is neither yes nor no; names the argument or variable.
+        UsageError: a capability or default is unknown, or a value is neither yes nor no; names the argument or variable.
     """
-    known = tuple(known)
+    known, known_defaults = tuple(known), tuple(known_defaults)
     explicit = set()
 
     def flag(name: str, value: bool | None, default: bool, alias: str | None = None) -> bool:
@@ -97,6 +100,25 @@ def resolve(
             return _names(value, f"apply({name}=…)", known)
         return _names(os.environ.get(variable) or None, variable, known)
 
+    def some(name: str, value: bool | Iterable[str] | str | None) -> bool | tuple[str, ...]:
+        """True for all of them, False for none, or the names of some."""
+        variable = f"RLPATCH_{name.upper()}"
+        origin = f"apply({name}=…)"
+        if value is None:
+            value, origin = os.environ.get(variable) or None, variable
+            if value is None:
+                return True
+            try:
+                value = environment_flag(variable)
+            except UsageError:
+                pass  # names, then
+        explicit.add(name)
+        if isinstance(value, bool):
+            return value
+        if value is None or not isinstance(value, Iterable):
+            raise UsageError(f"apply({name}={value!r}): expected True, False, names or None")
+        return tuple(sorted(set(_names(value, origin, known_defaults, "default") or ())))
+
     def one_of(name: str, value: str | None, options: tuple[str, ...]) -> str:
         variable = f"RLPATCH_{name.upper()}"
         for candidate, origin in ((value, f"apply({name}={value!r})"), (os.environ.get(variable) or None, variable)):
@@ -115,7 +137,7 @@ def resolve(
     return Settings(
         standby=flag("standby", standby, True, alias="UNSLOTH_VLLM_STANDBY"),
         share_weights=flag("share_weights", share_weights, True),
-        defaults=flag("defaults", defaults, True),
+        defaults=some("defaults", defaults),
         lora=one_of("lora", lora, LORA_MODES),
         include=included,
         exclude=excluded,

@@ -84,7 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
     path = tiny.write_model(tmp_path_factory.mktemp("model"), "qwen3", words=WORDS, dtype="bfloat16", **SHAPE)
-    rlpatch.apply(strict=True)
+    rlpatch.apply(strict=True, defaults=False)
     defaults = worker.engine_defaults(**ENGINE)
     defaults.apply()
     try:

@@ -214,7 +214,7 @@ class BenchRun:
             (loader, "BaseModelLoader.load_model", self._load),
         ])  # fmt: skip
         if self.variant.apply is not None:
-            rlpatch.apply(**self.variant.apply)
+            rlpatch.apply(**{"defaults": False, **self.variant.apply})  # the other variants have TRL's
         elif not cuda:  # plain TRL cannot push weights into the packed ones of vLLM's CPU backend
             rlpatch.apply(include=["cpu_weights"])
         import trl.generation.vllm_generation

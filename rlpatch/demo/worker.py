@@ -110,7 +110,7 @@ def run(job: Job, progress: Callable[[dict[str, Any]], None] = lambda row: None)
         resident while training, peak RSS and peak device memory in bytes, and rlpatch's status.
     """
     if job.patched:
-        rlpatch.apply(**job.apply)
+        rlpatch.apply(**{"defaults": False, **job.apply})  # the plain run has TRL's
     else:
         rlpatch.apply(include=["cpu_weights"])
     trainer = make_trainer(job)

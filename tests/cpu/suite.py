@@ -141,7 +141,7 @@ def run(name: str, scenario: Scenario, patched: bool, folder: Path) -> dict[str,
         config=scenario.config,
         lora=scenario.lora,
     )
-    rlpatch.apply(**({} if patched else {"include": ["cpu_weights"]}))
+    rlpatch.apply(**({"defaults": False} if patched else {"include": ["cpu_weights"]}))
     trainer = worker.make_trainer(job)
     frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     result = worker.train(trainer, job)

@@ -114,7 +114,7 @@ def test_memory_kept_is_small() -> None:
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     model = tiny.write_model(tmp_path_factory.mktemp("model"), "qwen3", words=4000, dtype="bfloat16", **SHAPE)
-    rlpatch.apply(strict=True)
+    rlpatch.apply(strict=True, defaults=False)
     job = worker.Job(
         str(model),
         True,

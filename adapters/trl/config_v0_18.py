@@ -1,0 +1,297 @@
+"""Better defaults and batches that divide, in every TRL config with ``num_generations`` (0.18 and later).
+
+A config is a dataclass over ``transformers.TrainingArguments``: its ``__init__`` assigns the fields and calls
+``__post_init__``, where TRL derives ``steps_per_generation`` and ``generation_batch_size`` from the batch and refuses what
+does not divide. What the config was made with is noted around ``__init__``; the fields are changed at the entry of TRL's
+``__post_init__``, before transformers hands them to DeepSpeed or accelerate. Whether a LoRA is trained is only known when
+``transformers.Trainer.__init__`` gets the model, still before there is an optimizer.
+``HfArgumentParser`` passes every field; it is asked a second time, without defaults, which of them were named, and
+``TrlParser.set_defaults_with_config`` which its YAML file names.
+Delete when: never for the defaults; the arithmetic when TRL rounds batches to whole groups itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import inspect
+import os
+import sys
+import threading
+import weakref
+from typing import Any
+
+from rlpatch.adapters.trl import _source
+from rlpatch.config import given, listing
+from rlpatch.config.batching import GENERATION, STEPS
+from rlpatch.config.defaults import (
+    GENERATIONS,
+    LEARNING_RATE,
+    LORA_LEARNING_RATE,
+    Change,
+    Default,
+    fix,
+    table,
+)
+from rlpatch.patching import Patch
+from rlpatch.registry import Adapter, Context
+
+# Every config with num_generations of some release between 0.18.0 and 1.16.0. A module that a release does not have is
+# never imported there, and its patches stay armed.
+CLASSES: tuple[tuple[str, str], ...] = (
+    ("trl.trainer.grpo_config", "GRPOConfig"),
+    ("trl.trainer.rloo_config", "RLOOConfig"),
+    *(
+        (f"trl.experimental.{name}.{name}_config", kind)
+        for name, kind in (
+            ("async_grpo", "AsyncGRPOConfig"),
+            ("distillation", "DistillationConfig"),
+            ("dppo", "DPPOConfig"),
+            ("gfpo", "GFPOConfig"),
+            ("gmpo", "GMPOConfig"),
+            ("gold", "GOLDConfig"),
+            ("grpo_with_replay_buffer", "GRPOWithReplayBufferConfig"),
+            ("iw_opd", "IWOPDConfig"),
+            ("minillm", "MiniLLMConfig"),
+            ("papo", "PAPOConfig"),
+            ("sdft", "SDFTConfig"),
+            ("sdpo", "SDPOConfig"),
+            ("self_distillation", "SelfDistillationConfig"),
+            ("server_distillation", "ServerDistillationConfig"),
+        )
+    ),
+)
+UPSTREAM = ("trl", "transformers")
+# What a memory plan provides for vllm_gpu_memory_utilization: a function of the config (its fields assigned, its
+# __post_init__ not yet run) that returns the share, between 0 and 1, or None.
+PLAN = "memory_plan"
+
+_inside = threading.local()
+# id of a config -> itself (weakly), and the learning rate that was left at its default
+_rates: dict[int, tuple[weakref.ref[Any], float]] = {}
+
+
+def _world_size(config: Any) -> int:
+    """Processes that will train together, as accelerate will find them once the config asks it to."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return int(torch.distributed.get_world_size())
+    from accelerate.utils import get_int_from_env
+
+    on_cpu = bool(getattr(config, "use_cpu", False))
+    if not on_cpu and get_int_from_env(["LOCAL_RANK"], -1) < 0:
+        return 1
+    names = ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"] if on_cpu else []
+    return max(1, int(get_int_from_env([*names, "WORLD_SIZE"], 1)))
+
+
+def _evaluates(config: Any) -> bool:
+    strategy = getattr(config, "eval_strategy", "no")
+    return str(getattr(strategy, "value", strategy)) != "no"
+
+
+@functools.cache
+def _heeds_eval_generations(kind: Any) -> bool:
+    """0.26 has the field but checks the evaluation batch against ``num_generations``; look at what the release runs."""
+    bodies = [vars(c)["__post_init__"] for c in kind.__mro__ if "__post_init__" in vars(c)]
+    return any("num_generations_eval" in inspect.getsource(body) for body in bodies)
+
+
+@functools.cache
+def _bitsandbytes() -> bool:
+    try:
+        importlib.import_module("bitsandbytes")
+    except Exception:  # a build for another CUDA fails in many ways
+        return False
+    return True
+
+
+def _eight_bit(config: Any) -> bool:
+    """Whether bitsandbytes' optimizers run here: they are kernels of a device."""
+    import torch
+
+    return not getattr(config, "use_cpu", False) and torch.cuda.is_available() and _bitsandbytes()
+
+
+def _defaults(context: Context, config: Any) -> tuple[Default, ...]:
+    plan = context.providers.get(PLAN)
+    found = table(eight_bit=_eight_bit(config), utilization=None if plan is None else plan(config))
+    sharded = getattr(config, "deepspeed", None) or getattr(config, "fsdp", None)
+    for launcher in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        sharded = sharded or os.environ.get(launcher, "false").lower() == "true"
+    # Sharded optimizers have settings of their own
+    return tuple(entry for entry in found if entry.field != "optim") if sharded else found
+
+
+def _fix(context: Context, config: Any) -> listing.Listing | None:
+    """Change the fields of a config whose ``__post_init__`` is about to run; what was changed, for the listing."""
+    values = {
+        entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config) if hasattr(config, entry.name)
+    }
+    free = given.left_alone(config, UPSTREAM)
+    fixed = fix(
+        values,
+        free,
+        given.given(config) or (),
+        defaults=_defaults(context, config),
+        names=context.defaults,
+        world_size=_world_size(config),
+        evaluates=_evaluates(config),
+        eval_adjustable=_heeds_eval_generations(config.__class__),
+    )
+    for change in fixed.changes:
+        setattr(config, change.field, change.new)
+    if LEARNING_RATE in context.defaults and LEARNING_RATE in free:
+        _remember_rate(config)
+    if not fixed.changes:
+        return None
+    return listing.Listing(type(config).__name__, fixed.changes, listing.batch_line(fixed.before, fixed.after))
+
+
+def _remember_rate(config: Any) -> None:
+    """Outside the config: what is written into its ``__dict__`` would end up in checkpoints."""
+    key = id(config)
+    _rates[key] = (weakref.ref(config, lambda _: _rates.pop(key, None)), config.learning_rate)
+
+
+def _explain(config: Any, error: ValueError) -> ValueError:
+    """TRL's refusal, or a clearer one for groups of fewer than two."""
+    from rlpatch.errors import UsageError
+
+    count = getattr(config, GENERATIONS, None)
+    if not isinstance(count, int) or count >= 2 or isinstance(error, UsageError):
+        return error
+    return UsageError(
+        f"num_generations={count}: the advantage of a completion is its reward measured against the other completions of "
+        "the same prompt, (reward − mean) / standard deviation. One sample equals its mean, and the standard deviation of "
+        "one sample is undefined (it divides by n − 1 = 0), so there would be no advantage and nothing to learn. Set "
+        f"num_generations to 2 or more (8 is a good start). TRL says: {error}"
+    )
+
+
+def _post_init(context: Context, wrapped: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if getattr(_inside, "config", None) is config:  # a subclass of TRL's called its parent
+        return wrapped(*args, **kwargs)
+    before, _inside.config = getattr(_inside, "config", None), config
+    try:
+        listed = _fix(context, config)
+        try:
+            result = wrapped(*args, **kwargs)
+        except ValueError as error:
+            clearer = _explain(config, error)
+            if clearer is error:
+                raise
+            raise clearer from error
+    finally:
+        _inside.config = before
+    if listed is not None:
+        listing.add(listed)
+    return result
+
+
+def _init(wrapped: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given.note(config, getattr(wrapped, "__func__", wrapped), args, kwargs)
+    return wrapped(*args, **kwargs)
+
+
+def _init_subclass(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = wrapped(*args, **kwargs)
+    cls = wrapped.__self__  # wrapt knows no instance for a classmethod of object
+    if cls.__module__.partition(".")[0] not in UPSTREAM:
+        given.watch_subclass(cls)
+    return result
+
+
+def _trains_lora(model: Any) -> bool:
+    configs = getattr(model, "peft_config", None)
+    kinds = [getattr(c, "peft_type", "") for c in configs.values()] if isinstance(configs, dict) else []
+    return any(str(getattr(kind, "value", kind)).endswith("LORA") for kind in kinds)
+
+
+def _trainer_init(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    model = args[0] if args else kwargs.get("model")
+    config = args[1] if len(args) > 1 else kwargs.get("args")
+    _set_rate(trainer, model, config, kwargs.get("optimizers") or (None,))
+    return wrapped(*args, **kwargs)
+
+
+def _set_rate(trainer: Any, model: Any, config: Any, optimizers: Any) -> None:
+    """The learning rate of a config that left it alone, now that it is known what is trained."""
+    found, rate = _rates.get(id(config), (None, 0.0))
+    if found is None or found() is not config or config is None or optimizers[0] is not None:
+        return
+    lora = _trains_lora(model)
+    if lora and config.learning_rate == rate != LORA_LEARNING_RATE.value:
+        config.learning_rate = LORA_LEARNING_RATE.value
+        change = Change(LEARNING_RATE, rate, LORA_LEARNING_RATE.value, LORA_LEARNING_RATE.why)
+        listing.add(listing.Listing(f"{type(config).__name__} of {type(trainer).__name__}", (change,)))
+    elif not lora and config.learning_rate == LORA_LEARNING_RATE.value:
+        config.learning_rate = rate  # the same config served a trainer with a LoRA before
+
+
+def _parse(wrapped: Any, parser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with given.parsing() as named:
+        named |= vars(parser).get("_rlpatch_named", set())
+        return wrapped(*args, **kwargs)
+
+
+def _parse_known(wrapped: Any, parser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = wrapped(*args, **kwargs)
+    named = given.named_by_parser()
+    if named is not None:
+        before = [(action, action.default) for action in parser._actions]
+        defaults, parser._defaults = parser._defaults, {}
+        try:
+            for action, _ in before:
+                action.default = argparse.SUPPRESS
+            namespace, _ = wrapped(*args[:1], **{**kwargs, "namespace": argparse.Namespace()})
+        finally:
+            parser._defaults = defaults
+            for action, default in before:
+                action.default = default
+        named |= set(vars(namespace))
+    return result
+
+
+def _parser_defaults(wrapped: Any, parser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    vars(parser).setdefault("_rlpatch_named", set()).update(kwargs)
+    return wrapped(*args, **kwargs)
+
+
+def _patches(context: Context) -> list[Patch]:
+    def post_init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _post_init(context, wrapped, instance, args, kwargs)
+
+    patches = []
+    for module, kind in CLASSES:
+        patches += [
+            Patch(module, f"{kind}.__init__", _init),
+            Patch(module, f"{kind}.__post_init__", post_init),
+            Patch(module, f"{kind}.__init_subclass__", _init_subclass),
+        ]
+    return [
+        *patches,
+        Patch("transformers.trainer", "Trainer.__init__", _trainer_init),
+        Patch("transformers.hf_argparser", "HfArgumentParser.parse_args_into_dataclasses", _parse),
+        Patch("transformers.hf_argparser", "HfArgumentParser.parse_known_args", _parse_known),
+        Patch("trl.scripts.utils", "TrlParser.set_defaults_with_config", _parser_defaults),
+    ]
+
+
+def _probe() -> str | None:
+    """The fields that the arithmetic reads must be those of the release."""
+    source = _source.text("trainer/grpo_config.py")
+    missing = [name for name in (GENERATIONS, GENERATION, STEPS) if f"    {name}:" not in source]
+    return f"GRPOConfig has no {', '.join(missing)}" if missing else None
+
+
+ADAPTER = Adapter(
+    capability="defaults",
+    library="trl",
+    versions=">=0.18,<1.17",
+    module="trl",
+    probe=_probe,
+    patches=_patches,
+)
