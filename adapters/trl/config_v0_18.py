@@ -63,7 +63,11 @@ CLASSES: tuple[tuple[str, str], ...] = (
         )
     ),
 )
+# TRL has a copy of transformers' parser from 1.0 on
+PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")
 UPSTREAM = ("trl", "transformers")
+# RLOOConfig 0.22–0.24 moves these old names over the new ones in its __post_init__
+RENAMED = {"rloo_k": GENERATIONS, "num_mini_batches": STEPS}
 # What a memory plan provides for vllm_gpu_memory_utilization: a function of the config (its fields assigned, its
 # __post_init__ not yet run) that returns the share, between 0 and 1, or None.
 PLAN = "memory_plan"
@@ -130,7 +134,9 @@ def _fix(context: Context, config: Any) -> listing.Listing | None:
     values = {
         entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config) if hasattr(config, entry.name)
     }
-    free = given.left_alone(config, UPSTREAM)
+    renamed = {new: old for old, new in RENAMED.items() if values.get(old) is not None}
+    values |= {new: values[old] for new, old in renamed.items()}
+    free = given.left_alone(config, UPSTREAM) - renamed.keys()
     fixed = fix(
         values,
         free,
@@ -142,7 +148,7 @@ def _fix(context: Context, config: Any) -> listing.Listing | None:
         eval_adjustable=_heeds_eval_generations(config.__class__),
     )
     for change in fixed.changes:
-        setattr(config, change.field, change.new)
+        setattr(config, renamed.get(change.field, change.field), change.new)
     if LEARNING_RATE in context.defaults and LEARNING_RATE in free:
         _remember_rate(config)
     if not fixed.changes:
@@ -274,8 +280,8 @@ def _patches(context: Context) -> list[Patch]:
     return [
         *patches,
         Patch("transformers.trainer", "Trainer.__init__", _trainer_init),
-        Patch("transformers.hf_argparser", "HfArgumentParser.parse_args_into_dataclasses", _parse),
-        Patch("transformers.hf_argparser", "HfArgumentParser.parse_known_args", _parse_known),
+        *(Patch(module, "HfArgumentParser.parse_args_into_dataclasses", _parse) for module in PARSERS),
+        *(Patch(module, "HfArgumentParser.parse_known_args", _parse_known) for module in PARSERS),
         Patch("trl.scripts.utils", "TrlParser.set_defaults_with_config", _parser_defaults),
     ]
 

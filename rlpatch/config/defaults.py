@@ -7,7 +7,7 @@ where the defaults do not divide together with the settings that were given, the
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlpatch.config.batching import (
@@ -187,7 +187,15 @@ def _fit(
         found = solve(batching(chosen), own if divide else ())
         if found is not None:
             return chosen, found
-    return (attempts[1], solve(batching(attempts[1]))) if divide else (attempts[2], None)
+    if not divide:
+        return attempts[2], None
+    start = batching(attempts[1])
+    found = solve(start)
+    if found is None:  # no group fits into the evaluation batch; TRL will say so
+        training = solve(replace(start, per_device_eval_batch_size=None))
+        assert training is not None  # more accumulation always divides
+        found = replace(training, per_device_eval_batch_size=start.per_device_eval_batch_size)
+    return attempts[1], found
 
 
 def _batching(values: Mapping[str, Any], world_size: int, evaluates: bool, eval_adjustable: bool) -> Batching | None:
