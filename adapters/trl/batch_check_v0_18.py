@@ -23,16 +23,10 @@ def _post_init(wrapped: Any, config: Any, args: tuple[Any, ...], kwargs: dict[st
 
         raise UsageError(
             f"generation_batch_size ({config.generation_batch_size}) must be divisible by the global batch size ({step} = "
-            f"{config.world_size} × per_device_train_batch_size={config.per_device_train_batch_size}); TRL {_version()} "
-            "lets this pass by mistake and drops the remainder. Set it to a multiple"
+            f"{config.world_size} × per_device_train_batch_size={config.per_device_train_batch_size}); this release "
+            "of TRL lets it pass by mistake and drops the remainder. Set it to a multiple"
         )
     return result
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("trl")
 
 
 def _patches(context: Context) -> list[Patch]:

@@ -24,9 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 
+from rlpatch.adapters.trl import batch_check_v0_18
 from rlpatch.adapters.trl.config_v0_18 import CLASSES
 from rlpatch.config.batching import FIELDS, Batching, Layout, solve
 from rlpatch.config.defaults import fix, table
+from rlpatch.errors import UsageError
 
 FOLDER = os.environ.get("RLPATCH_TEST_TRL_WHEELS")
 WHEELS = sorted(Path(FOLDER).glob("trl-*.whl"), key=lambda p: Version(p.name.split("-")[1])) if FOLDER else []
@@ -208,6 +210,16 @@ def test_the_check_that_is_misread(wheel: Path) -> None:
     assert "no multiple of 2 × 4 = 8" in (asked.train_problem() or "")
     assert solve(asked) == replace(asked, generation_batch_size=8)
 
+    def corrected(batching: Batching) -> None:
+        made = config(batching)
+        batch_check_v0_18._post_init(lambda: validation(node)(made), made, (), {})
+
+    with pytest.raises(UsageError, match=r"generation_batch_size \(12\) must be divisible .*\(8 = 2 × .*=4\)"):
+        corrected(asked)
+    corrected(replace(asked, generation_batch_size=16))
+    with pytest.raises(ValueError, match="divisible by the number of generations"):
+        corrected(replace(asked, generation_batch_size=24, num_generations=5))
+
 
 def test_every_class_is_where_its_patch_looks() -> None:
     """A module that a release has must have the class, or none of the adapter's patches would stay."""
@@ -227,6 +239,7 @@ def test_no_config_with_groups_is_forgotten() -> None:
     for wheel in WHEELS:
         with zipfile.ZipFile(wheel) as archive:
             files = [f for f in archive.namelist() if re.fullmatch(r"trl/(trainer|experimental)/.*_config\.py", f)]
+            files = [file for file in files if b"num_generations" in archive.read(file)]
         for file in files:
             for node in tree(wheel, file).body:  # type: ignore[union-attr]
                 if isinstance(node, ast.ClassDef) and "num_generations" in fields_of(node):
