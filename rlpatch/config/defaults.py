@@ -159,10 +159,10 @@ def fix(
 
     before = batching({})
     if batching(wanted) is None:
-        return Fixed(_changes(values, wanted, {}, ""))
+        return Fixed(_changes(values, wanted, {}, {}))
     chosen, after = _fit(wanted, batching, free, DIVISIBILITY in names)
     if after is None:
-        return Fixed(_changes(values, chosen, {}, ""), before, batching(chosen))
+        return Fixed(_changes(values, chosen, {}, {}), before, batching(chosen))
     start = batching(chosen)
     assert start is not None
     solved = {name: new for name, (_, new) in difference(start, after).items()}
@@ -216,18 +216,20 @@ def _batching(values: Mapping[str, Any], world_size: int, evaluates: bool, eval_
     )
 
 
-def _why(start: Batching) -> str:
-    return "; ".join(filter(None, (start.train_problem(), start.eval_problem())))
+def _why(start: Batching) -> dict[str, str]:
+    """Field -> what does not divide."""
+    training, evaluation = start.train_problem() or "", start.eval_problem() or ""
+    return {name: evaluation if name in (EVALUATION, EVAL_GENERATIONS) else training for name in FIELDS}
 
 
 def _changes(
-    values: Mapping[str, Any], chosen: Mapping[str, Default], solved: Mapping[str, Any], problem: str
+    values: Mapping[str, Any], chosen: Mapping[str, Default], solved: Mapping[str, Any], why: Mapping[str, str]
 ) -> tuple[Change, ...]:
     changes = [
         Change(field, values[field], entry.value, entry.why) for field, entry in chosen.items() if field not in solved
     ]
     changes += [
-        Change(field, values.get(field), new, problem) for field, new in solved.items() if values.get(field) != new
+        Change(field, values.get(field), new, why[field]) for field, new in solved.items() if values.get(field) != new
     ]
     return tuple(changes)
 

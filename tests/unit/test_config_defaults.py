@@ -111,6 +111,15 @@ def test_evaluation_beyond_help_does_not_keep_training_from_being_fixed() -> Non
     assert changed == {**OTHERS, "gradient_accumulation_steps": 7}
 
 
+def test_each_field_has_its_own_reason() -> None:
+    values = {**GRPO, "per_device_train_batch_size": 1, "num_generations": 6}
+    found = fix(values, (), values.keys(), defaults=(), evaluates=True)
+    why = {change.field: change.why for change in found.changes}
+    assert set(why) == {"gradient_accumulation_steps", "per_device_eval_batch_size"}
+    assert "1 × 1 × 1 = 1 completions per generation" in why["gradient_accumulation_steps"]
+    assert "8 completions per evaluation step" in why["per_device_eval_batch_size"]
+
+
 def test_processes_count() -> None:
     assert fixed(GRPO, num_generations=6, world_size=4)["gradient_accumulation_steps"] == 3
     assert fixed(GRPO, world_size=3) == {**OTHERS, **BATCH}
