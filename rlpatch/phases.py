@@ -101,6 +101,7 @@ class Colocation:
         standby_refusal: Why its KV cache is not released between rollouts, or None.
         upstream_sleep: The user asked for the trainer's own sleep mode.
         on_joined: Called when the engine is complete and it is known what is shared.
+        on_discarded: Called when upstream's sleep mode has thrown the engine's own weights away (level 2).
         owner: The model of a pair that exists before its trainer does; its adapters may come later (`follow`).
         slots_rank: LoRA slots of this rank are reserved in the engine for adapters that come later; 0: none.
 
@@ -118,6 +119,7 @@ class Colocation:
     standby_refusal: str | None = None
     upstream_sleep: bool = False
     on_joined: Callable[[Colocation], None] | None = None
+    on_discarded: Callable[[], None] | None = None
     owner: weakref.ref[Any] | None = None
     slots_rank: int = 0
     engine: Engine | None = None

@@ -54,11 +54,35 @@ def _rolled(lora_request: int) -> Wrapper:
     return generate
 
 
+def _sleep(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from rlpatch import phases
+
+    result = wrapped(*args, **kwargs)
+    pair = phases.of_engine(instance)
+    level = int(kwargs.get("level", args[0] if args else 1))
+    if pair is not None and not pair.shares and level >= 2 and pair.on_discarded is not None:
+        pair.on_discarded()
+    return result
+
+
+def _wake_up(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from rlpatch import phases
+
+    pair = phases.of_engine(instance)
+    tags = kwargs.get("tags", args[0] if args else None)
+    if pair is not None and pair.standby is not None and pair.standby.released and tags is None:
+        # Only the KV cache is out. Before 0.28 vLLM's allocator maps what is mapped once more when no tag is given.
+        return pair.wake()
+    return wrapped(*args, **kwargs)
+
+
 def _patches(context: Context) -> list[Patch]:
     return [
         Patch("vllm.entrypoints.llm", "LLM.__init__", _init),
         Patch("vllm.entrypoints.llm", "LLM.generate", _rolled(_GENERATE_LORA)),
         Patch("vllm.entrypoints.llm", "LLM.chat", _rolled(_CHAT_LORA)),
+        Patch("vllm.entrypoints.llm", "LLM.sleep", _sleep),
+        Patch("vllm.entrypoints.llm", "LLM.wake_up", _wake_up),
     ]
 
 

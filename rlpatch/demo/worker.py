@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import rlpatch
@@ -140,7 +140,7 @@ def make_trainer(job: Job) -> Any:
         import trl
 
         kind = {"grpo": "GRPO", "rloo": "RLOO"}[job.trainer]
-        settings = dict(
+        settings: dict[str, Any] = dict(
             output_dir=job.output or tempfile.mkdtemp(prefix="rlpatch-demo-"),
             use_vllm=True,
             vllm_mode="colocate",
@@ -162,7 +162,11 @@ def make_trainer(job: Job) -> Any:
             gradient_checkpointing=False,
         )  # fmt: skip
         settings.update(job.config)
-        config = getattr(trl, f"{kind}Config")(**settings)
+        config_class = getattr(trl, f"{kind}Config")
+        known = {field.name for field in fields(config_class)}
+        if "vllm_max_model_length" not in known:  # TRL before 0.26 adds the two lengths up
+            settings["max_prompt_length"] = settings.pop("vllm_max_model_length") - settings["max_completion_length"]
+        config = config_class(**settings)
         extra: dict[str, Any] = {}
         if job.lora:
             from peft import LoraConfig
@@ -181,6 +185,25 @@ def make_trainer(job: Job) -> Any:
         patch_set.revert()
 
 
+def engine_of(trainer: Any) -> Any:
+    """The ``vllm.LLM`` of a TRL trainer: its ``VLLMGeneration``'s (0.28 and later), or its own."""
+    generation = getattr(trainer, "vllm_generation", None)
+    for holder, attribute in ((generation, "llm"), (trainer, "llm"), (trainer, "vllm_engine")):
+        if getattr(holder, attribute, None) is not None:
+            return getattr(holder, attribute)
+    raise AttributeError(f"{type(trainer).__name__} has no colocated engine")
+
+
+def phase_functions(trainer: Any) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Module and path of the function that pushes weights and of the one that generates, in this release of TRL."""
+    generation = getattr(trainer, "vllm_generation", None)
+    if generation is not None:
+        module, name = type(generation).__module__, type(generation).__qualname__
+        return (module, f"{name}.sync_weights"), (module, f"{name}.generate")
+    owner = next(base for base in type(trainer).__mro__ if "_move_model_to_vllm" in vars(base))
+    return (owner.__module__, f"{owner.__qualname__}._move_model_to_vllm"), ("vllm.entrypoints.llm", "LLM.generate")
+
+
 def train(
     trainer: Any, job: Job, progress: Callable[[dict[str, Any]], None] = lambda row: None, **arguments: Any
 ) -> dict[str, Any]:
@@ -190,7 +213,7 @@ def train(
     from rlpatch.engine import Engine
     from rlpatch.sharing.account import resident_twice
 
-    engine = Engine(trainer.vllm_generation.llm)
+    engine = Engine(engine_of(trainer))
     seconds = {"sync": 0.0, "generate": 0.0}
     syncs = 0
     kv_bytes: list[int] = []
@@ -209,11 +232,8 @@ def train(
 
         return wrapper
 
-    generation = type(trainer.vllm_generation)
-    clock = PatchSet("demo clock", [
-        Patch(generation.__module__, f"{generation.__qualname__}.sync_weights", timed("sync")),
-        Patch(generation.__module__, f"{generation.__qualname__}.generate", timed("generate")),
-    ])  # fmt: skip
+    push, generate = phase_functions(trainer)
+    clock = PatchSet("demo clock", [Patch(*push, timed("sync")), Patch(*generate, timed("generate"))])
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:

@@ -17,8 +17,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("RLPATCH_DEFAULTS", "0")  # plain and patched runs are compared; test_config_fixups.py has its own
 os.environ.setdefault("MASTER_PORT", "29613")  # TRL's default would clash with the golden suite's processes
 
-for library in ("torch", "vllm", "trl"):
+for library in ("torch", "vllm"):
     pytest.importorskip(library)
+import old_trl  # noqa: E402
+
+old_trl.make_importable()
+pytest.importorskip("trl")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import old_trl
+
 import rlpatch
 from rlpatch.demo import tiny, worker
 
@@ -167,6 +169,7 @@ def run(name: str, scenario: Scenario, patched: bool, folder: Path) -> dict[str,
 
 
 def main() -> int:
+    old_trl.make_importable()
     patched, folder = sys.argv[1] == "patched", Path(sys.argv[2])
     results: dict[str, Any] = {}
     for name, scenario in SCENARIOS.items():

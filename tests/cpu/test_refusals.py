@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlpatch.adapters.trl.generation_v1_10 import _refusal
+from rlpatch.adapters.trl import _pairing
 from rlpatch.registry import Context
 
 pytestmark = pytest.mark.cpu
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cpu
 
 def refusal(generation: Any) -> str | None:
     """The decision where no adapter brings quantized weights, as on this tier's vLLM releases."""
-    return _refusal(Context(), generation)
+    return _pairing.refusal(Context(), generation)
 
 
 def generation(**changes: Any) -> SimpleNamespace:
