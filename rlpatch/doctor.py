@@ -465,7 +465,11 @@ def _matrix(diagnosis: Diagnosis) -> Iterable[Finding]:
             severity, condition = ("problem", " with standby") if settings.standby else ("info", " with standby (off)")
         elif entry.when != "always":
             severity, condition = "warning", f" with {entry.when.replace('_', ' ')}"
-        yield Finding(severity, f"known bad: {found}{condition} ({entry.id})", entry.why, entry.remedy, entry.reference)
+        remedy = entry.remedy
+        served = next((o for o in diagnosis.outcomes if o.capability == entry.corrected_by), None)
+        if served is not None and served.state in (State.APPLIED, State.WAITING, State.NATIVE):
+            severity, remedy = "info", f"nothing: rlpatch corrects it ({served.adapter}). Without rlpatch: {remedy}"
+        yield Finding(severity, f"known bad: {found}{condition} ({entry.id})", entry.why, remedy, entry.reference)
     if diagnosis.pair is None:
         return
     pair, what = diagnosis.pair, f"vllm {diagnosis.pair.vllm} with trl {diagnosis.pair.trl}"

@@ -77,6 +77,7 @@ SCHEMA: dict[str, Any] = {
                     "why": _TEXT,
                     "remedy": _TEXT,
                     "reference": _TEXT,
+                    "corrected_by": _TEXT,
                 },
             },
         },
@@ -136,6 +137,7 @@ class KnownBad:
         remedy: What to do about it.
         reference: Upstream issue or pull request, or where it was read.
         when: ``always``, or the feature that has to be in use; one of `WHEN`.
+        corrected_by: The capability of rlpatch that puts it right, or None.
     """
 
     id: str
@@ -144,6 +146,7 @@ class KnownBad:
     remedy: str
     reference: str
     when: str = "always"
+    corrected_by: str | None = None
 
     def concerns(self, installed: Mapping[str, Installed]) -> bool:
         """Whether every library it names is installed in a version it names. Local segments do not matter."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from rlpatch.agreement import Agreement
 from rlpatch.engine import Engine
 from rlpatch.errors import StandbyError, UsageError
 from rlpatch.lora.policy import (
@@ -109,6 +110,7 @@ class Colocation:
         adapters: Reads the trainer's adapters (``providers["lora"]`` of its model), or None when it has none.
         lora: How they reach the engine.
         policy: Puts them in place around each rollout; None without adapters, and where TRL merges.
+        agreement: How far trainer and rollouts differ in their log-probs.
         replaced: Tensors whose trained copy (``modules_to_save``) has taken the original's place in the engine.
     """
 
@@ -129,6 +131,7 @@ class Colocation:
     policy: Policy | None = None
     standby: KVStandby | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"sync": 0.0})
+    agreement: Agreement = field(default_factory=Agreement)
     replaced: tuple[str, ...] = ()
     number: int = 0
     _rolling: bool = False
@@ -596,6 +599,42 @@ class Colocation:
         if self.standby is not None and self.standby.released:
             self.standby.restore()
 
+    # ---- watching ----------------------------------------------------------------------------------------------
+
+    def observe(self, difference: float) -> None:
+        """Take in how far the trainer's log-probs of one batch of rollouts are from the engine's: a mean absolute
+        difference, in nats. Warns once, when they part."""
+        if self.agreement.add(difference):
+            logger.warning(
+                "rlpatch: the rollouts' log-probs have parted from the trainer's: %.2g nats per token on average, where "
+                "the first steps had %.2g. Likely cause: %s",
+                difference,
+                self.agreement.level,
+                self._why_parted(),
+            )
+
+    def _why_parted(self) -> str:
+        if self.upstream_sleep_stays:
+            return (
+                f"the weights are not shared ({self.refusal}), and TRL's sleep mode brings back others than the policy's; "
+                "leave vllm_enable_sleep_mode off"
+            )
+        if not self.shares and self.policy is None:
+            return (
+                f"the weights are not shared ({self.refusal}), and TRL's push is skipped or does not reach the engine"
+            )
+        if self.sharing is not None and self.sharing.copied:
+            names = ", ".join(sorted(self.sharing.copied)[:3])
+            return f"these tensors are not shared but copied on each sync: {names}; code that skips sync leaves them behind"
+        if self.lora is not None:
+            return f"the adapters reach the engine by {self.lora.mode}; code that changes them in between may evade it"
+        assert self.engine is not None
+        dtypes = sorted({str(slot.tensor.dtype).removeprefix("torch.") for slot in self.slots})
+        return (
+            "not old weights, for they are shared: trainer and engine compute differently (weights in "
+            f"{', '.join(dtypes)}; autocast, attention kernels, expert routing, dropout, temperature)"
+        )
+
     # ---- parting -----------------------------------------------------------------------------------------------
 
     def part(self) -> None:
@@ -630,6 +669,7 @@ class Colocation:
                 "kv_bytes_resident": self.standby.mechanism.resident_bytes(),
             },
             "no standby": self.standby_refusal,
+            "agreement": self.agreement.describe(),
             "seconds": dict(self.seconds),
         }  # fmt: skip
 

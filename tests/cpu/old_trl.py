@@ -6,12 +6,15 @@ their sampling parameters trip over; weights, KV cache, sleep and generation are
 - transformers 5 answers ``_is_package_available(name)`` with a tuple, which is always true;
 - transformers 5 models have no ``warnings_issued``, to which TRL before 0.27 adds a note;
 - TRL 0.26 replaces a function in ``vllm.transformers_utils.tokenizer``, which is gone;
-- TRL to 0.26 imports ``GuidedDecodingParams`` and passes ``guided_decoding=None`` to ``SamplingParams``.
+- TRL to 0.26 imports ``GuidedDecodingParams`` and passes ``guided_decoding=None`` to ``SamplingParams``; to 0.25
+  ``truncate_prompt_tokens`` too, which is gone (prompts here are shorter than any limit);
+- TRL before 0.20 leaves the variables that ``external_launcher`` reads to a launcher such as torchrun.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import types
 from pathlib import Path
@@ -44,6 +47,9 @@ def make_importable() -> None:
 
     if not hasattr(transformers.PreTrainedModel, "warnings_issued"):
         transformers.PreTrainedModel.warnings_issued = {}
+    if 'os.environ["RANK"]' not in _source("trainer/grpo_trainer.py") and not _source("generation/vllm_generation.py"):
+        for variable, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost")):
+            os.environ.setdefault(variable, value)
     import vllm
     import vllm.sampling_params
 
@@ -57,5 +63,6 @@ def make_importable() -> None:
 
         class SamplingParams(vllm.SamplingParams):
             guided_decoding: None = None
+            truncate_prompt_tokens: int | None = None
 
         vllm.SamplingParams = SamplingParams

@@ -370,8 +370,12 @@ def test_a_running_process_shows_its_own_outcomes(world: Any) -> None:
 
 
 @pytest.mark.parametrize(("changes", "entry", "severity"), [
-    ({"trl": "0.26.0"}, "trl-sleep-serves-base", "warning"),
-    ({"trl": "1.9.2"}, "trl-sleep-serves-base", "warning"),
+    ({"trl": "0.26.0"}, "trl-sleep-serves-base", "info"),
+    ({"trl": "1.9.2"}, "trl-sleep-serves-base", "info"),
+    ({"trl": "0.25.1"}, "trl-025-skipped-sync", "info"),
+    ({"trl": "0.28.0"}, "trl-push-into-sleep", "info"),
+    ({"trl": "0.24.0", "vllm": "0.25.1"}, "trl-untagged-wake", "info"),
+    ({"trl": "1.16.0"}, "trl-online-dpo-skipped-sync", "info"),
     ({"vllm": "0.10.2"}, "vllm-010-standby", "problem"),
     ({"vllm": "0.14.0"}, "vllm-014-standby", "problem"),
     ({"vllm": "0.28.0"}, "vllm-without-bitsandbytes", "warning"),
@@ -383,6 +387,34 @@ def test_known_bad_pairs(world: Any, changes: dict[str, str], entry: str, severi
     assert finding.severity == severity and finding.reference
     if severity == "problem":
         assert doctor.main(["--json"]) == 1
+
+
+def test_what_rlpatch_corrects_says_by_which_adapter(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    world(trl="1.8.0")
+    assert "rlpatch corrects it (trl/generation_v0_28)" in known_bad("trl-sleep-serves-base").remedy
+    monkeypatch.setenv("RLPATCH_EXCLUDE", "generation")
+    finding = known_bad("trl-sleep-serves-base")
+    assert finding.severity == "warning" and finding.remedy.startswith("upgrade to TRL 1.10")
+
+
+@pytest.mark.parametrize(
+    ("trl", "adapter"),
+    [
+        ("0.18.0", "generation_v0_18"),
+        ("0.21.0", "generation_v0_18"),
+        ("0.22.0", "generation_v0_22"),
+        ("0.27.2", "generation_v0_22"),
+        ("0.28.0", "generation_v0_28"),
+        ("1.9.2", "generation_v0_28"),
+        ("1.10.0", "generation_v1_10"),
+        ("1.16.0", "generation_v1_10"),
+    ],
+)
+def test_every_era_of_trl_has_its_adapter(world: Any, trl: str, adapter: str) -> None:
+    world(trl=trl)
+    outcomes = {outcome.capability: outcome for outcome in doctor.diagnose().outcomes}
+    assert outcomes["generation"].adapter == f"trl/{adapter}" and str(outcomes["generation"].state) == "waiting"
+    assert {str(outcomes[name].state) for name in ("online_dpo", "gold", "stale_policy")} == {"waiting"}
 
 
 @pytest.mark.parametrize("trl", ["0.25.1", "1.10.0"])

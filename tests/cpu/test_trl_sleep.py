@@ -1,0 +1,110 @@
+"""TRL's own sleep mode, where it stays in charge because the weights are not shared: which weights do rollouts come from?
+
+vLLM refuses sleep mode on a CPU, and ``CPUWorker.sleep`` does nothing. Two stand-ins: the platform says that it can sleep,
+and level 2 leaves zeros, as a GPU's fresh memory may. Everything else is real: TRL's calls, the push, ``reload_weights``.
+Whether plain TRL goes wrong is held against compat_matrix.yaml, release by release.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+import trl
+
+import rlpatch
+from rlpatch import matrix, versions
+from rlpatch.demo import worker
+from rlpatch.engine import Engine
+from rlpatch.patching import Patch, PatchSet
+
+pytestmark = pytest.mark.cpu
+
+# Every evaluation is a second generation in its step
+EVALUATE = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}
+UNSHARED = {"share_weights": False, "standby": False}
+
+
+def known_bad(*ids: str) -> bool:
+    """Whether the matrix says that one of these concerns the installed releases."""
+    installed = {library: versions.installed(library) for library in versions.DISTRIBUTIONS}
+    return any(entry.id in ids for entry in matrix.load().known_bad_for(installed))
+
+
+@pytest.fixture
+def sleepy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two stand-ins."""
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    if "vllm_enable_sleep_mode" not in {field.name for field in fields(trl.GRPOConfig)}:
+        pytest.skip("this TRL has no sleep mode")
+
+    def sleep(self: Any, level: int = 1) -> None:
+        if level == 2:
+            with torch.no_grad():
+                for parameter in self.model_runner.get_model().parameters():
+                    parameter.zero_()
+
+    monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", classmethod(lambda cls: True))
+    monkeypatch.setattr(CPUWorker, "sleep", sleep)
+
+
+@contextlib.contextmanager
+def lags(trainer: Any) -> Iterator[list[float]]:
+    """Per generation: the largest difference between the engine's head and the trainer's."""
+    engine, seen = Engine(worker.engine_of(trainer)), []
+
+    def generate(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ours, theirs = trainer.model.get_parameter("lm_head.weight"), engine.model.get_parameter("lm_head.weight")
+        seen.append(float((ours - theirs[: ours.shape[0]]).detach().abs().max()))
+        return wrapped(*args, **kwargs)
+
+    patch_set = PatchSet("lags", [Patch("vllm.entrypoints.llm", "LLM.generate", generate)])
+    patch_set.apply()
+    try:
+        yield seen
+    finally:
+        patch_set.revert()
+
+
+def trained(trainer: Any) -> list[float]:
+    with lags(trainer) as seen:
+        trainer.train()
+    return seen
+
+
+def make(tiny_model: str, kind: str, patched: bool, **config: Any) -> Any:
+    job = worker.Job(
+        tiny_model, patched, steps=3, trainer=kind, config={"vllm_enable_sleep_mode": True, **EVALUATE, **config}
+    )
+    return worker.make_trainer(job)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_plain_sleep_mode_is_as_the_matrix_says(tiny_model: str, sleepy: None, kind: str) -> None:
+    rlpatch.apply(include=["cpu_weights"])
+    try:
+        seen = trained(make(tiny_model, kind, False))
+    finally:
+        rlpatch.revert()
+    assert len(seen) >= 6
+    assert (max(seen) > 1e-4) == known_bad("trl-sleep-serves-base", "trl-025-skipped-sync"), seen
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_sleep_mode_serves_the_policy(tiny_model: str, sleepy: None, kind: str) -> None:
+    """Broken on purpose: without ``on_discarded`` this fails wherever the matrix has plain TRL go wrong."""
+    rlpatch.apply(**UNSHARED)
+    try:
+        trainer = make(tiny_model, kind, True)
+        seen = trained(trainer)
+        pair = rlpatch.status().pairs[-1]
+    finally:
+        rlpatch.revert()
+    assert pair["not shared"] == "share_weights is off"
+    assert len(seen) >= 6 and max(seen) == 0
