@@ -3,7 +3,7 @@
 With ``vllm_importance_sampling_correction`` (0.23 and later, on by default) ``_generate_and_score_completions`` appends the
 mean difference of log-probs to ``_metrics["train"]["sampling/sampling_logp_difference/mean"]``, a number on the host: it is
 read there, which costs nothing. Without it, ``sampling_per_token_logps`` are in the batch from 0.27 on and
-``_compute_loss`` computes the trainer's: the first batch after each generation is compared on the device, in six small
+``_compute_loss`` computes the trainer's: the first of each batch of rollouts is compared on the device, in six small
 kernels, and the result is read after ``_compute_loss`` has waited for the device itself (it logs ``.item()``s). No forward
 pass is added.
 Before 0.23 TRL does not ask vLLM for log-probs. RLOO, Online DPO and others do not keep them.
@@ -20,6 +20,7 @@ from rlpatch.registry import Adapter, Context
 _MODULE = "trl.trainer.grpo_trainer"
 _METRIC = "sampling/sampling_logp_difference/mean"
 _LOGPS = "sampling_per_token_logps"
+_TOKENS = 4096  # enough for a mean, and its cost does not grow with the batch
 
 
 def _pair(trainer: Any) -> Any:
@@ -63,6 +64,8 @@ def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
         ours, theirs = result[0].detach(), batch[_LOGPS]
         mask = batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
         if ours.shape == theirs.shape == mask.shape:
+            rows = slice(max(1, _TOKENS // ours.shape[1]))
+            ours, theirs, mask = ours[rows], theirs[rows], mask[rows]
             trainer._rlpatch_difference = ((ours - theirs).abs() * mask).nansum() / mask.sum()
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ import old_trl  # noqa: E402
 old_trl.make_importable()
 pytest.importorskip("trl")
 
+if importlib.util.find_spec("trl.generation") is None:
+    # Trainers before 0.28 hold their engine themselves: what drives `VLLMGeneration` directly has nothing to drive.
+    collect_ignore = [f.name for f in Path(__file__).parent.glob("test_*.py") if ".vllm_generation." in f.read_text()]
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -44,3 +49,26 @@ def trainer_of(tiny_model: str) -> Iterator[Any]:
 
     yield make
     rlpatch.revert()
+
+
+@pytest.fixture
+def sleepy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that sleeps: the platform says that it can, and level 2 leaves zeros, as a GPU's fresh memory may."""
+    from dataclasses import fields
+
+    import torch
+    import trl
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    if "vllm_enable_sleep_mode" not in {field.name for field in fields(trl.GRPOConfig)}:
+        pytest.skip("this TRL has no sleep mode")
+
+    def sleep(self: Any, level: int = 1) -> None:
+        if level == 2:
+            with torch.no_grad():
+                for parameter in self.model_runner.get_model().parameters():
+                    parameter.zero_()
+
+    monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", classmethod(lambda cls: True))
+    monkeypatch.setattr(CPUWorker, "sleep", sleep)

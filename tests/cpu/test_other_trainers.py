@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_trl_sleep import known_bad, trained
 
 import rlpatch
 from rlpatch.demo import worker
@@ -127,3 +128,21 @@ def test_shared_and_the_same_as_plain(kind: str, tiny_model: str, tmp_path: Any)
     finally:
         rlpatch.revert()
     assert len(expected) == 3 and len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_online_dpo_sleeps_and_accumulates(patched: bool, tiny_model: str, tmp_path: Any, sleepy: None) -> None:
+    """Several generations in one optimizer step: plain TRL discards the weights after each and pushes before the first."""
+    if "vllm_enable_sleep_mode" not in {field.name for field in fields(classes("online_dpo")[1])}:
+        pytest.skip("this TRL's Online DPO has no sleep mode")
+    rlpatch.apply(**({"share_weights": False, "standby": False} if patched else {"include": ["cpu_weights"]}))
+    try:
+        trainer = make("online_dpo", tiny_model, tmp_path, vllm_enable_sleep_mode=True, gradient_accumulation_steps=2)
+        seen = trained(trainer)
+    finally:
+        rlpatch.revert()
+    assert len(seen) >= 6
+    if patched:
+        assert max(seen) == 0
+    else:
+        assert (max(seen) > 1e-4) == known_bad("trl-online-dpo-skipped-sync"), seen

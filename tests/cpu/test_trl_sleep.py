@@ -1,23 +1,22 @@
 """TRL's own sleep mode, where it stays in charge because the weights are not shared: which weights do rollouts come from?
 
-vLLM refuses sleep mode on a CPU, and ``CPUWorker.sleep`` does nothing. Two stand-ins: the platform says that it can sleep,
-and level 2 leaves zeros, as a GPU's fresh memory may. Everything else is real: TRL's calls, the push, ``reload_weights``.
+vLLM refuses sleep mode on a CPU, and ``CPUWorker.sleep`` does nothing; for the two stand-ins see ``sleepy`` in conftest.py.
+Everything else is real: TRL's calls, the push, ``reload_weights``.
 Whether plain TRL goes wrong is held against compat_matrix.yaml, release by release.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import pytest
-import torch
 import trl
 
 import rlpatch
-from rlpatch import matrix, versions
+from rlpatch import matrix, phases, versions
 from rlpatch.demo import worker
 from rlpatch.engine import Engine
 from rlpatch.patching import Patch, PatchSet
@@ -33,25 +32,6 @@ def known_bad(*ids: str) -> bool:
     """Whether the matrix says that one of these concerns the installed releases."""
     installed = {library: versions.installed(library) for library in versions.DISTRIBUTIONS}
     return any(entry.id in ids for entry in matrix.load().known_bad_for(installed))
-
-
-@pytest.fixture
-def sleepy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two stand-ins."""
-    from vllm.platforms import current_platform
-    from vllm.v1.worker.cpu_worker import CPUWorker
-
-    if "vllm_enable_sleep_mode" not in {field.name for field in fields(trl.GRPOConfig)}:
-        pytest.skip("this TRL has no sleep mode")
-
-    def sleep(self: Any, level: int = 1) -> None:
-        if level == 2:
-            with torch.no_grad():
-                for parameter in self.model_runner.get_model().parameters():
-                    parameter.zero_()
-
-    monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", classmethod(lambda cls: True))
-    monkeypatch.setattr(CPUWorker, "sleep", sleep)
 
 
 @contextlib.contextmanager
@@ -79,6 +59,11 @@ def trained(trainer: Any) -> list[float]:
 
 
 def make(tiny_model: str, kind: str, patched: bool, **config: Any) -> Any:
+    if kind == "rloo":
+        turn = getattr(trl.RLOOTrainer, "_generate_single_turn", None)
+        before, prepares, _ = (inspect.getsource(turn) if turn else "").partition("[prepare_multimodal_messages_vllm")
+        if prepares and "is_conversational" not in before:
+            pytest.skip("this TRL's RLOO takes no plain text prompts")
     job = worker.Job(
         tiny_model, patched, steps=3, trainer=kind, config={"vllm_enable_sleep_mode": True, **EVALUATE, **config}
     )
@@ -108,3 +93,15 @@ def test_sleep_mode_serves_the_policy(tiny_model: str, sleepy: None, kind: str) 
         rlpatch.revert()
     assert pair["not shared"] == "share_weights is off"
     assert len(seen) >= 6 and max(seen) == 0
+
+
+def test_an_untagged_wake_brings_back_the_kv_cache_alone(trainer_of: Any) -> None:
+    """TRL 0.23 and 0.24 name no tags; before 0.28 vLLM then maps the weights, which never slept, once more."""
+    trainer = trainer_of(apply={"share_weights": False})
+    llm = worker.engine_of(trainer)
+    pair = phases.of_engine(llm)
+    assert pair is not None and pair.standby is not None and pair.standby.released
+    llm.wake_up()
+    assert not pair.standby.released and pair.standby.mechanism.resident_bytes() > 0
+    trainer.train()
+    assert pair.standby.released
