@@ -24,7 +24,7 @@ def _source(module: str) -> str:
     spec = importlib.util.find_spec("trl")
     if spec is None or spec.origin is None:
         return ""
-    file = Path(spec.origin).with_name(module)
+    file = Path(spec.origin).parent / module
     return file.read_text() if file.is_file() else ""
 
 

@@ -16,7 +16,7 @@ from rlpatch.demo import worker
 from rlpatch.engine import Engine
 from rlpatch.sharing.account import resident_twice
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("collected")]
 
 # kind -> (modules where it may live, prefix of its classes)
 HOMES = {

@@ -21,7 +21,7 @@ from rlpatch.demo import worker
 from rlpatch.engine import Engine
 from rlpatch.patching import Patch, PatchSet
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("collected")]
 
 # Every evaluation is a second generation in its step
 EVALUATE = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}
