@@ -33,3 +33,7 @@ class MatrixError(RlpatchError):
 
 class FoldError(RlpatchError):
     """A LoRA cannot be folded into its base, or the base could not be brought back bit for bit; names the weight."""
+
+
+class SourceError(RlpatchError):
+    """The released sources of a library cannot be had or read; names the release, where it was sought, and the remedy."""

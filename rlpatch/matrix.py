@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import re
 import sys
 from collections.abc import Hashable, Mapping, Sequence
@@ -490,21 +491,25 @@ def _show(matrix: Matrix) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m rlpatch matrix [--write | --check] [--root FOLDER]``.
+    """``python -m rlpatch matrix [--write | --check] [--root FOLDER]``; ``check …`` is `rlpatch.contracts.command`.
 
     Returns:
         0: fine; 1: tox.ini differs or the matrix is invalid; 2: usage.
     """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["check"]:
+        return int(importlib.import_module("rlpatch.contracts.command").main(arguments[1:]))
     parser = argparse.ArgumentParser(
         prog="python -m rlpatch matrix",
         description=f"Show {FILE}; with an option, write tox.ini from it or check that they agree.",
+        epilog="python -m rlpatch matrix check LIBRARY==VERSION checks a release against the adapters; see its --help.",
     )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--write", action="store_true", help="write tox.ini")
     modes.add_argument("--check", action="store_true", help="exit 1 and show how tox.ini differs, if it does")
     parser.add_argument("--root", type=Path, help="the repository (default: this folder or one above it)")
     try:
-        options = parser.parse_args(argv)
+        options = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse: 0 after --help, 2 on bad usage
         return int(stop.code or 0)
     try:

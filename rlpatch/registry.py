@@ -19,6 +19,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from rlpatch.patching import Patch
+from rlpatch.relies import Relies
 from rlpatch.versions import Installed, within
 
 logger = logging.getLogger("rlpatch")
@@ -107,6 +108,7 @@ class Adapter:
         native: Upstream does it already; nothing is patched.
         broken: Why the capability stays off in these releases although a neighbour's probe would accept them, with the
             remedy; None: it works there.
+        relies_on: What it touches of the library besides the targets of its patches, checked by `rlpatch.contracts`.
     """
 
     capability: str
@@ -120,6 +122,7 @@ class Adapter:
     native: bool = False
     broken: str | None = None
     name: str = ""
+    relies_on: tuple[Relies, ...] = ()
 
     def __post_init__(self) -> None:
         operators = {clause.operator for clause in SpecifierSet(self.versions)}

@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlpatch.registry import Adapter
+from rlpatch.relies import Relies
 
 if TYPE_CHECKING:
     import torch
 
     from rlpatch.lora.target import Adaptation, Product, Target
 
+_LAYER = "peft.tuners.lora.layer"
 _QUANTIZED = ".lora.bnb"  # where PEFT keeps its layers over bitsandbytes weights; their deltas are a Linear's
 
 
@@ -300,4 +302,38 @@ ADAPTER = Adapter(
     module="peft.tuners.lora.layer",
     probe=_probe,
     provides=PeftLora,
-)
+    relies_on=(
+        # the arithmetic that is spelled out in `_product` and `_expert`, every variant read
+        Relies(f"{_LAYER}:Linear.get_delta_weight", fingerprints=("926b4814bc3f", "3fe2e19f59b7")),
+        Relies(f"{_LAYER}:Embedding.get_delta_weight", fingerprints=("544b20307c78", "19bc770bacbc")),
+        Relies(
+            f"{_LAYER}:ParamWrapper.get_delta_weight",
+            fingerprints=("2ed0caeb4a18", "fc97b3e61f3d"),
+            versions=">=0.17",
+        ),
+        Relies("peft.tuners.lora.bnb:Linear4bit.get_delta_weight", fingerprints=("acba1545a1c2",)),
+        *(
+            Relies(f"{_LAYER}:ParamWrapper.{name}", versions=">=0.17")
+            for name in ("num_experts", "parameter_name", "get_param")
+        ),
+        Relies(f"{_LAYER}:ParamWrapper._did_swap_in_out_features", versions=">=0.19"),
+        Relies(f"{_LAYER}:Linear.fan_in_fan_out"),
+        *(
+            Relies(f"{_LAYER}:LoraLayer.{name}")
+            for name in (
+                "active_adapters", "disable_adapters", "merged_adapters", "merged", "lora_A", "lora_B", "scaling",
+                "lora_embedding_A", "lora_embedding_B", "use_dora", "lora_bias", "get_base_layer",
+            )
+        ),
+        Relies(f"{_LAYER}:LoraLayer.lora_variant", versions=">=0.16"),
+        *(
+            Relies(f"peft.utils.other:ModulesToSaveWrapper.{name}")
+            for name in ("modules_to_save", "original_module", "disable_adapters", "active_adapter")
+        ),
+        Relies("peft.utils.other:ModulesToSaveWrapper.active_adapters", versions=">=0.15"),
+        Relies("peft.utils.other:TrainableTokensWrapper", versions=">=0.15"),
+        Relies("peft.tuners.tuners_utils:BaseTunerLayer"),
+        Relies("peft.tuners.lora.model:LoraModel.model"),
+        *(Relies(f"peft.peft_model:PeftModel.{name}") for name in ("base_model", "get_base_model", "peft_config")),
+    ),
+)  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlpatch.registry import Adapter
+from rlpatch.relies import Relies
 
 
 def checkpoint_names(model: Any) -> Any:
@@ -41,4 +42,16 @@ ADAPTER = Adapter(
     module="transformers.modeling_utils",
     probe=_probe,
     provides=checkpoint_names,
+    relies_on=(
+        Relies(
+            "transformers.core_model_loading:revert_weight_conversion",
+            positional=("model", "state_dict"),
+            # one tensor in, its checkpoint's names and views out: every variant from 5.5.0 to 5.23.0 was read
+            fingerprints=("455db2cc2c7e", "1d4360b58869", "5d2461d5ba35", "6f491b489b40", "8091f9c8dc85"),
+        ),
+        Relies(
+            "transformers.modeling_utils:PreTrainedModel.save_pretrained",
+            contains=("revert_weight_conversion(model_to_save, state_dict)",),
+        ),
+    ),
 )

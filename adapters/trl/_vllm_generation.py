@@ -8,8 +8,20 @@ from typing import Any
 from rlpatch.adapters.trl import _pairing
 from rlpatch.patching import Patch
 from rlpatch.registry import Context
+from rlpatch.relies import Relies
 
 MODULE = "trl.generation.vllm_generation"
+RELIES = (
+    Relies(f"{MODULE}:VLLMGeneration._fix_param_name_to_vllm", positional=("name",)),
+    Relies(f"{MODULE}:LLM"),
+    *(
+        Relies(f"{MODULE}:VLLMGeneration.{name}")
+        for name in (
+            "model", "accelerator", "mode", "enable_sleep_mode", "tensor_parallel_size", "gpu_memory_utilization",
+            "max_model_length", "model_impl", "llm",
+        )
+    ),
+)  # fmt: skip
 
 Prepare = Callable[[Any, Any], None]
 

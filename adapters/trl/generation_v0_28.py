@@ -16,6 +16,7 @@ from typing import Any
 from rlpatch.adapters.trl import _pairing, _vllm_generation
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 
 def _prepare(pair: Any, generation: Any) -> None:
@@ -73,4 +74,16 @@ ADAPTER = Adapter(
     module=_vllm_generation.MODULE,
     probe=_probe,
     patches=_patches,
+    relies_on=(
+        Relies(
+            f"{_vllm_generation.MODULE}:VLLMGeneration.generate",
+            contains=(
+                "self.llm.wake_up(tags=['kv_cache'])",
+                "self.llm.collective_rpc('reload_weights')",
+                "self.llm.sleep(level=2)",
+            ),
+        ),
+        Relies(f"{_vllm_generation.MODULE}:VLLMGeneration.sync_weights", contains=("self.llm.reset_prefix_cache()",)),
+        *_vllm_generation.RELIES,
+    ),
 )

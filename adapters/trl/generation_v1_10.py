@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from rlpatch.adapters.trl import _vllm_generation
 from rlpatch.registry import Adapter
+from rlpatch.relies import Relies
+
+_MODULE = _vllm_generation.MODULE
 
 
 def _probe() -> str | None:
@@ -28,4 +31,21 @@ ADAPTER = Adapter(
     module=_vllm_generation.MODULE,
     probe=_probe,
     patches=_vllm_generation.patches,
+    relies_on=(
+        # Builds the engine with LLM(…) once, sleeps at level 2 and notes that; the same in 1.10.0 to 1.16.0.
+        Relies(f"{_MODULE}:VLLMGeneration._init_vllm", fingerprints=("1cc09347ab3d",)),
+        Relies(
+            f"{_MODULE}:VLLMGeneration.sync_weights",
+            contains=("self.enable_sleep_mode", "self.llm.reset_prefix_cache()", "self._llm_weights_sleeping = False"),
+        ),
+        Relies(
+            f"{_MODULE}:VLLMGeneration.generate",
+            contains=(
+                "self.mode == 'colocate' and self.enable_sleep_mode and self._llm_weights_sleeping",
+                "self.llm.generate(vllm_prompts, sampling_params=sampling_params, use_tqdm=False)",
+            ),
+            lacks=("'reload_weights'",),
+        ),
+        *_vllm_generation.RELIES,
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlpatch.patching import Patch
+from rlpatch.relies import Relies
 
 
 def _dispatch(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -18,3 +19,9 @@ def _dispatch(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 UNPACKED_LINEAR = Patch("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", _dispatch)
+
+LINEAR = (
+    Relies("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", positional=("layer", "remove_weight")),
+    Relies("vllm.model_executor.layers.utils:cpu_unquantized_gemm", contains=("layer.cpu_linear(x, weight, bias)",)),
+    Relies("vllm.platforms.interface:Platform.is_cpu"),
+)

@@ -21,6 +21,8 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
+from rlpatch.relies import Relies
+
 if TYPE_CHECKING:
     import torch
 
@@ -317,3 +319,34 @@ def probe(set_lora: tuple[str, ...], *, transposed: bool = False, ranks: bool = 
         if missing:
             return f"{functions[0].__qualname__} sets no {', '.join(missing)}"
     return None if hasattr(LoRAModelManager, "list_adapters") else "LoRAModelManager has no list_adapters"
+
+
+RELIES = (
+    Relies("vllm.config:LoRAConfig", parameters=("max_lora_rank", "lora_dtype", "max_loras")),
+    Relies("vllm.engine.arg_utils:EngineArgs", parameters=("enable_lora", "max_loras", "max_lora_rank")),
+    Relies("vllm.lora.request:LoRARequest", positional=("lora_name", "lora_int_id", "lora_path")),
+    Relies("vllm.lora.utils:parse_fine_tuned_lora_name", positional=("name", "weights_mapper")),
+    Relies("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.lora_manager"),
+    Relies("vllm.v1.worker.gpu_model_runner:GPUModelRunner.lora_manager"),
+    Relies("vllm.v1.worker.gpu.model_runner:GPUModelRunner.lora_manager", versions=">=0.17"),
+    Relies("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._adapter_manager"),
+    *(
+        Relies(f"vllm.lora.model_manager:LoRAModelManager.{name}", versions=">=0.13")
+        for name in ("lora_config", "device", "model", "list_adapters", "modules", "packed_modules")
+    ),
+    Relies(
+        "vllm.lora.model_manager:LoRAModelManager.activate_adapter",
+        versions=">=0.13",
+        contains=("self.lora_index_to_id[index] = lora_model.id", "module.reset_lora(index)"),
+    ),
+    # the names that LoRA keys go through: without these it renames and does no more
+    Relies(
+        "vllm.model_executor.models.utils:WeightsMapper.get_rename_mapper",
+        versions=">=0.25",
+        otherwise=(Relies("vllm.model_executor.models.utils:WeightsMapper.get_unstacked_mapper"),),
+    ),
+    *(
+        Relies(f"vllm.v1.engine.llm_engine:LLMEngine.{name}", positional=(argument,))
+        for name, argument in (("add_lora", "lora_request"), ("pin_lora", "lora_id"), ("remove_lora", "lora_id"))
+    ),
+)

@@ -20,6 +20,7 @@ from typing import Any
 from rlpatch.adapters.vllm._platform import on_cpu
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 
 def _use_memory_pool(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -67,4 +68,14 @@ ADAPTER = Adapter(
     module="vllm.entrypoints.llm",
     relevant=_relevant,
     patches=_patches,
+    relies_on=(
+        Relies(
+            "vllm.device_allocator.cumem:CuMemAllocator.use_memory_pool",
+            contains=(
+                "torch.cuda.memory._set_allocator_settings('expandable_segments:False')",
+                "torch.cuda.memory._set_allocator_settings('expandable_segments:True')",
+            ),
+            versions=">=0.20.1,<0.31",
+        ),
+    ),
 )

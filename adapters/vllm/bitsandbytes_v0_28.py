@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from rlpatch.adapters.vllm._bitsandbytes import IN_TREE, PLUGIN, QuantizedWeights, has, loader_patches, no_bitsandbytes
 from rlpatch.registry import Adapter
+from rlpatch.relies import Relies
 
 
 def _probe() -> str | None:
@@ -36,4 +37,10 @@ ADAPTER = Adapter(
     relevant=_relevant,
     provides=QuantizedWeights,
     patches=lambda context: loader_patches(PLUGIN),
+    relies_on=(  # of vLLM; the plugin's own loader is another distribution's
+        Relies("vllm.plugins:load_general_plugins"),
+        Relies("vllm.model_executor.model_loader:register_model_loader", positional=("load_format",)),
+        Relies("vllm.model_executor.parameter:PackedvLLMParameter", parameters=("packed_factor", "packed_dim")),
+        Relies("vllm.engine.arg_utils:EngineArgs", parameters=("quantization", "load_format")),
+    ),
 )

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from rlpatch.adapters.vllm._bitsandbytes import IN_TREE, QuantizedWeights, has, loader_patches, no_bitsandbytes
 from rlpatch.registry import Adapter
+from rlpatch.relies import Relies
+
+_LAYERS = "vllm.model_executor.layers.quantization.bitsandbytes"
 
 
 def _probe() -> str | None:
@@ -28,4 +31,19 @@ ADAPTER = Adapter(
     relevant=no_bitsandbytes,
     provides=QuantizedWeights,
     patches=lambda context: loader_patches(IN_TREE),
+    relies_on=(
+        Relies(f"{IN_TREE}:BitsAndBytesModelLoader.load_weights", fingerprints=("6ec933d5ca7c", "0971393c45e1")),
+        Relies(
+            f"{_LAYERS}:BitsAndBytesLinearMethod._apply_4bit_weight",
+            contains=(
+                "qweight.bnb_quant_state",
+                "qweight.bnb_shard_offsets",
+                "apply_bnb_4bit(bf_x, qweight, offsets, out)",
+            ),
+        ),
+        Relies(f"{_LAYERS}:BitsAndBytesLinearMethod.create_weights", contains=("'pack_factor'", "torch.uint8")),
+        Relies(
+            "vllm.engine.arg_utils:EngineArgs.create_load_config", contains=("self.quantization == 'bitsandbytes'",)
+        ),
+    ),
 )

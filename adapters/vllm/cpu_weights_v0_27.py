@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlpatch.adapters.vllm._cpu_linear import UNPACKED_LINEAR
+from rlpatch.adapters.vllm._cpu_linear import LINEAR, UNPACKED_LINEAR
 from rlpatch.adapters.vllm._platform import only_on_cpu
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 _EXPERTS = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"
 
@@ -54,4 +55,15 @@ ADAPTER = Adapter(
     probe=_probe,
     relevant=only_on_cpu,
     patches=_patches,
-)
+    relies_on=(
+        *LINEAR,
+        Relies(
+            f"{_EXPERTS}:cpu_fused_moe",
+            positional=(
+                "input", "w13", "w2", "w13_bias", "w2_bias", "topk_weights", "topk_ids", "act", "isa", "skip_weighted",
+            ),
+        ),
+        Relies(f"{_EXPERTS}:CPUFusedMOE.check_grouped_gemm", fingerprints=("fae3591486e5",)),
+        Relies(f"{_EXPERTS}:CPUFusedMOE.init_moe_grouped_gemm", fingerprints=("8050c49b8cf1",)),
+    ),
+)  # fmt: skip

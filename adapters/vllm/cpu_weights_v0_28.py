@@ -3,7 +3,7 @@
 As in 0.27 (see cpu_weights_v0_27) for linear layers. Experts moved to ``experts/cpu_moe.py``:
 ``CPUUnquantizedExperts.process_weights_after_loading`` pads and prepacks ``w13_weight`` and ``w2_weight`` (and, in 0.28,
 notes the layer's routing, so it must run), and ``apply`` hands them to the module's ``cpu_fused_moe``. Here packing and
-padding give back what they got, and that function computes in plain torch. In 0.28 it returns its result; from 0.31 on
+padding give back what they got, and that function computes in plain torch. In 0.28 it returns its result; from 0.30 on
 it writes to ``out``, its first argument.
 Delete when: vLLM's CPU backend can be told not to prepack.
 """
@@ -12,12 +12,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlpatch.adapters.vllm._cpu_linear import UNPACKED_LINEAR
+from rlpatch.adapters.vllm._cpu_linear import LINEAR, UNPACKED_LINEAR
 from rlpatch.adapters.vllm._platform import only_on_cpu
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 _EXPERTS = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
+
+_FUSED = (
+    "out", "input", "w13", "w2", "w13_bias", "w2_bias", "topk_weights", "topk_ids", "act", "isa", "skip_weighted",
+)  # fmt: skip
 
 
 def _fused(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,4 +70,19 @@ ADAPTER = Adapter(
     probe=_probe,
     relevant=only_on_cpu,
     patches=_patches,
+    relies_on=(
+        *LINEAR,
+        Relies(
+            f"{_EXPERTS}:cpu_fused_moe",
+            positional=_FUSED[1:],
+            otherwise=(Relies(f"{_EXPERTS}:cpu_fused_moe", positional=_FUSED),),
+        ),
+        Relies(f"{_EXPERTS}:cpu_prepack_moe_weight", positional=("weight", "isa")),
+        Relies(f"{_EXPERTS}:replace_parameter", positional=("layer", "param_name", "new_tensor")),
+        Relies(
+            f"{_EXPERTS}:CPUUnquantizedExperts.process_weights_after_loading",
+            fingerprints=("f909105e1778", "a3b6a02fd4ce"),
+        ),
+        Relies(f"{_EXPERTS}:CPUUnquantizedExperts.apply", fingerprints=("3401c4cb5fbb", "a3c4eecd260b")),
+    ),
 )

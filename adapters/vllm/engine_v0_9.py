@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlpatch.adapters.vllm._reach import REACHED
 from rlpatch.patching import Patch, Wrapper
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 # How many positional arguments mean that lora_request is among them. ``generate(prompts, sampling_params,
 # prompt_token_ids, use_tqdm, lora_request)`` up to 0.10.1, keyword-only since; ``chat(messages, sampling_params,
@@ -92,4 +94,15 @@ ADAPTER = Adapter(
     versions=">=0.9.2,<0.34",
     module="vllm.entrypoints.llm",
     patches=_patches,
+    relies_on=(
+        Relies("vllm.entrypoints.llm:LLM.__init__", parameters=("**",)),
+        Relies("vllm.entrypoints.llm:LLM.generate", positional=("prompts",), parameters=("lora_request",)),
+        Relies("vllm.entrypoints.llm:LLM.chat", positional=("messages", "sampling_params", "use_tqdm", "lora_request")),
+        Relies("vllm.engine.arg_utils:EngineArgs", parameters=("enable_sleep_mode", "quantization", "seed")),
+        # rlpatch.load, as TRL: needs shared weights, hence not asked of older releases
+        Relies("vllm.engine.arg_utils:EngineArgs.logprobs_mode", versions=">=0.17"),
+        Relies("vllm.platforms:current_platform"),
+        Relies("vllm.platforms.interface:Platform.is_sleep_mode_available"),
+        *REACHED,
+    ),
 )

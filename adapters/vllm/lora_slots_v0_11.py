@@ -8,8 +8,9 @@ Delete when: the oldest supported vLLM is 0.12.
 
 from __future__ import annotations
 
-from rlpatch.adapters.vllm._lora_slots import LoraSlots, probe
+from rlpatch.adapters.vllm._lora_slots import RELIES, LoraSlots, probe
 from rlpatch.registry import Adapter
+from rlpatch.relies import Relies
 
 
 class SlotsWithVocabulary(LoraSlots):
@@ -30,4 +31,10 @@ ADAPTER = Adapter(
     module="vllm.entrypoints.llm",
     probe=_probe,
     provides=SlotsWithVocabulary,
+    relies_on=(
+        Relies(
+            "vllm.lora.layers:BaseLayerWithLoRA.set_lora", positional=("index", "lora_a", "lora_b", "embeddings_tensor")
+        ),
+        *RELIES,
+    ),
 )

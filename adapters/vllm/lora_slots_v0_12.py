@@ -7,8 +7,9 @@ Delete when: vLLM takes an adapter's tensors directly (a ``LoRARequest`` with te
 
 from __future__ import annotations
 
-from rlpatch.adapters.vllm._lora_slots import LoraSlots, probe
+from rlpatch.adapters.vllm._lora_slots import RELIES, LoraSlots, probe
 from rlpatch.registry import Adapter
+from rlpatch.relies import Relies
 
 ADAPTER = Adapter(
     capability="lora_slots",
@@ -17,4 +18,9 @@ ADAPTER = Adapter(
     module="vllm.entrypoints.llm",
     probe=lambda: probe(()),
     provides=LoraSlots,
+    relies_on=(
+        Relies("vllm.config.lora:MaxLoRARanks"),
+        Relies("vllm.lora.layers:BaseLayerWithLoRA.set_lora", positional=("index", "lora_a", "lora_b")),
+        *RELIES,
+    ),
 )

@@ -8,8 +8,9 @@ Delete when: the oldest supported vLLM is 0.11.
 
 from __future__ import annotations
 
-from rlpatch.adapters.vllm._lora_slots import LoraSlots, probe
+from rlpatch.adapters.vllm._lora_slots import RELIES, LoraSlots, probe
 from rlpatch.registry import Adapter
+from rlpatch.relies import Relies
 
 
 class TransposedSlots(LoraSlots):
@@ -26,4 +27,15 @@ ADAPTER = Adapter(
     module="vllm.entrypoints.llm",
     probe=lambda: probe(("embeddings_tensor", "bias"), transposed=True, ranks=False),
     provides=TransposedSlots,
+    relies_on=(
+        Relies(
+            "vllm.lora.layers:BaseLayerWithLoRA.set_lora",
+            positional=("index", "lora_a", "lora_b", "embeddings_tensor", "bias"),
+        ),
+        Relies(
+            "vllm.lora.layers:ColumnParallelLinearWithLoRA.set_lora",
+            contains=("lora_a.T", "lora_b.T"),
+        ),
+        *RELIES,
+    ),
 )

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlpatch.adapters.vllm._reach import AT_REST, PAUSED
 from rlpatch.registry import Adapter
+from rlpatch.relies import Relies
 
 if TYPE_CHECKING:
     from rlpatch.engine import Engine
@@ -69,4 +71,18 @@ ADAPTER = Adapter(
     probe=_probe,
     relevant=_relevant,
     provides=PausedStandby,
+    relies_on=(
+        *AT_REST,
+        *PAUSED,
+        # _pool: on CUDA
+        Relies("vllm.device_allocator.cumem:CuMemAllocator.get_instance"),
+        Relies("vllm.device_allocator.cumem:CuMemAllocator.pointer_to_data"),
+        Relies("vllm.device_allocator.cumem:AllocationData", parameters=("handle",)),
+        Relies("vllm.device_allocator.cumem:create_and_map", fingerprints=("f528aa7653c5",)),
+        Relies("vllm.device_allocator.cumem:unmap_and_release", fingerprints=("0c582300268b",)),
+        *(
+            Relies(f"vllm.v1.worker.{runner}:GPUModelRunner.post_kv_cache_wake_up", versions=">=0.21,<0.29")
+            for runner in ("gpu_model_runner", "gpu.model_runner")
+        ),
+    ),
 )

@@ -17,8 +17,10 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from rlpatch.adapters.vllm._platform import on_cpu
+from rlpatch.adapters.vllm._reach import AT_REST, PAUSED
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 if TYPE_CHECKING:
     from rlpatch.engine import Engine
@@ -95,4 +97,15 @@ ADAPTER = Adapter(
     probe=_probe,
     provides=NativeStandby,
     patches=_patches,
+    relies_on=(
+        *AT_REST,
+        *PAUSED,
+        Relies("vllm.v1.engine.llm_engine:LLMEngine.release_kv_cache_memory"),
+        Relies("vllm.v1.engine.core:EngineCore.release_kv_cache_memory", fingerprints=("67a47c31f752",)),
+        Relies("vllm.v1.engine.core:EngineCore.model_executor"),
+        Relies("vllm.v1.executor.abstract:Executor.sleeping_tags"),
+        Relies("vllm.v1.executor.abstract:Executor.discard", contains=("self.sleeping_tags |= tags_to_discard",)),
+        Relies("vllm.v1.worker.cpu_worker:CPUWorker.discard", positional=("tags",)),
+        Relies("vllm.v1.worker.cpu_worker:CPUWorker.wake_up", positional=("tags",)),
+    ),
 )

@@ -1,0 +1,66 @@
+"""What `rlpatch.engine` and the cores above it touch of a ``vllm.LLM``; declared by the adapters that they serve."""
+
+from __future__ import annotations
+
+from rlpatch.relies import Relies
+
+_CORE = "vllm.v1.engine.core:EngineCore"
+_FRONT = "vllm.v1.engine.llm_engine:LLMEngine"
+_RUNNERS = ("vllm.v1.worker.gpu_model_runner:GPUModelRunner", "vllm.v1.worker.gpu.model_runner:GPUModelRunner")
+
+# Model Runner V2 came with 0.12; before, its module does not exist.
+_EITHER_RUNNER = tuple(
+    Relies(f"{runner}.{name}", versions="" if runner is _RUNNERS[0] else ">=0.12")
+    for runner in _RUNNERS
+    for name in ("get_model", "device", "kv_caches")
+)
+
+# Engine.core, .worker, .runner, .model, .device, .sleep_mode, .lora_slots
+REACHED = (
+    Relies("vllm.entrypoints.llm:LLM.llm_engine"),
+    Relies("vllm.entrypoints.llm:LLM.reset_prefix_cache"),
+    Relies(f"{_FRONT}.engine_core"),
+    Relies("vllm.v1.engine.core_client:InprocClient.engine_core"),
+    Relies(f"{_FRONT}.model_executor"),
+    Relies(
+        "vllm.v1.executor.uniproc_executor:ExecutorWithExternalLauncher.driver_worker",
+        otherwise=(Relies("vllm.executor.uniproc_executor:ExecutorWithExternalLauncher.driver_worker"),),
+    ),
+    Relies(
+        "vllm.v1.worker.worker_base:WorkerWrapperBase.worker",
+        otherwise=(Relies("vllm.worker.worker_base:WorkerWrapperBase.worker"),),
+    ),
+    Relies("vllm.v1.worker.gpu_worker:Worker.model_runner"),
+    Relies("vllm.v1.worker.cpu_worker:CPUWorker.model_runner"),
+    *_EITHER_RUNNER,
+    Relies(f"{_FRONT}.model_config"),
+    Relies(f"{_FRONT}.vllm_config"),
+    Relies("vllm.config:ModelConfig.enable_sleep_mode"),
+    Relies("vllm.config:ModelConfig.max_model_len"),
+    Relies("vllm.config:VllmConfig.lora_config"),
+    Relies("vllm.config:VllmConfig.cache_config"),
+    Relies("vllm.config:CacheConfig.gpu_memory_utilization"),
+)
+
+# Engine.abort_requests, .drain, .reset_caches: what `rlpatch.standby` does before memory goes
+AT_REST = (
+    Relies(f"{_FRONT}.output_processor"),
+    Relies("vllm.v1.engine.output_processor:OutputProcessor.request_states"),
+    Relies(f"{_FRONT}.abort_request", positional=("request_ids",)),
+    Relies(f"{_CORE}.step_fn", otherwise=(Relies(f"{_CORE}.step"),)),
+    Relies(f"{_CORE}.scheduler"),
+    Relies(f"{_CORE}.batch_queue"),
+    Relies("vllm.v1.core.sched.scheduler:Scheduler.has_requests"),
+    Relies(f"{_FRONT}.reset_prefix_cache"),
+    Relies(f"{_FRONT}.reset_mm_cache"),
+    Relies(f"{_FRONT}.reset_encoder_cache", versions=">=0.16"),
+)
+
+# How level 0 pauses and "scheduling" resumes, and nothing else with them: every variant since 0.17 was read.
+PAUSED = (
+    Relies(f"{_FRONT}.sleep", parameters=("level",), contains=("self.engine_core.sleep(level, mode)",)),
+    Relies(f"{_FRONT}.wake_up", parameters=("tags",), contains=("self.engine_core.wake_up(tags)",)),
+    Relies(f"{_CORE}.sleep", fingerprints=("923c53599256",)),
+    Relies(f"{_CORE}.wake_up", fingerprints=("44d04935efc1", "145dae511654", "d72105ac4724", "2b96f4ef7f00")),
+    Relies(f"{_CORE}.pause_scheduler", fingerprints=("e15f7a66297a", "82531c12644b")),
+)
