@@ -10,7 +10,7 @@ COMMANDS = {
     "plan": ("rlpatch.memory.command", "what fits on a GPU: memory by phase, KV cache, longest context; needs no GPU"),
     "demo": ("rlpatch.demo.command", "train a tiny model with plain TRL and patched, side by side"),
     "bench": ("rlpatch.bench.command", "time and memory by phase: plain TRL, its sleep mode and rlpatch, side by side"),
-    "matrix": ("rlpatch.matrix", "the table of known version pairs; --write regenerates tox.ini"),
+    "matrix": ("rlpatch.matrix", "the table of known version pairs; `check vllm==0.33.0` checks a release's sources"),
 }
 
 

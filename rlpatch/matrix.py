@@ -364,7 +364,7 @@ env_list = {environments}
 skip_missing_interpreters = false
 
 [testenv]
-description = the unit tests, without torch, vLLM and TRL
+description = the unit tests and a sample of the contracts, without torch, vLLM and TRL
 package = wheel
 wheel_build_env = .pkg
 extras = tests
@@ -372,12 +372,18 @@ pass_env =
     CI
     OMP_NUM_THREADS
     PIP_*
+    RLPATCH_CACHE
     RLPATCH_TEST_*
     SSL_CERT_FILE
     UV_*
+    XDG_CACHE_HOME
 set_env =
     PYTHONUNBUFFERED = 1
-commands = pytest {{posargs:tests/unit}}
+commands = pytest {{posargs:tests/unit tests/contracts}}
+
+[testenv:contracts]
+description = every release of every adapted library against what the adapters rely on (a first run fetches 1 GB)
+commands = python -m rlpatch matrix check --all {{posargs}}
 
 [testenv:lint]
 description = style, types, and whether this file agrees with compat_matrix.yaml
@@ -421,7 +427,7 @@ commands = {{[pair]commands}}
 
 
 def tox_ini(matrix: Matrix) -> str:
-    """The text of tox.ini: ``lint``, ``unit``, and an environment for each CI pair, newest first."""
+    """The text of tox.ini: ``lint``, ``unit``, each CI pair (newest first), and ``contracts``, which only runs by name."""
     names = ["lint", "unit", *(pair.environment for pair in matrix.ci)]
     text = _HEADER + _TOX.format(environments=", ".join(names))
     for pair in matrix.ci:

@@ -37,7 +37,10 @@ ADAPTER = Adapter(
     relevant=_relevant,
     provides=QuantizedWeights,
     patches=lambda context: loader_patches(PLUGIN),
-    relies_on=(  # of vLLM; the plugin's own loader is another distribution's
+    relies_on=(
+        Relies(
+            f"{PLUGIN}:BitsAndBytesModelLoader.load_weights"
+        ),  # another distribution's: not checked with vLLM's releases
         Relies("vllm.plugins:load_general_plugins"),
         Relies("vllm.model_executor.model_loader:register_model_loader", positional=("load_format",)),
         Relies("vllm.model_executor.parameter:PackedvLLMParameter", parameters=("packed_factor", "packed_dim")),

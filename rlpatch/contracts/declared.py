@@ -7,14 +7,12 @@ two arguments of each ``Patch(…)`` call, as literals or as names of constants.
 from __future__ import annotations
 
 import ast
-import importlib
-import inspect
+import importlib.util
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
-from typing import Any
+from pathlib import Path
 
-from rlpatch.patching import Patch
 from rlpatch.registry import Adapter
 from rlpatch.relies import Relies
 
@@ -35,27 +33,42 @@ class Targets:
 @cache
 def patch_targets(name: str) -> Targets:
     """The targets of the patches in adapter file `name` (e.g. ``"vllm/engine_v0_9"``) and in the shared code it imports."""
-    module = importlib.import_module(f"rlpatch.adapters.{name.replace('/', '.')}")
-    found, unknown = _in_module(module, ast.parse(inspect.getsource(module)))
+    module = f"rlpatch.adapters.{name.replace('/', '.')}"
+    found, unknown = _patches(_parsed(module), _constants(module))
     return Targets(tuple(dict.fromkeys(found)), tuple(unknown))
 
 
-def _in_module(module: ModuleType, tree: ast.Module) -> tuple[list[tuple[str, str]], list[str]]:
-    constants = {
-        target.id: node.value.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+@cache
+def _parsed(module: str) -> ast.Module:
+    """An adapter's file or shared code; not imported, for some shared code imports torch."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
 
+
+def _shared(tree: ast.AST) -> Iterator[tuple[str, str, str]]:
+    """(module, name there, name here) of what is imported from shared code (``_….py``)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and ".adapters." in (node.module or "") and "._" in (node.module or ""):
+            for alias in node.names:
+                yield str(node.module), alias.name, alias.asname or alias.name
+
+
+@cache
+def _constants(module: str) -> dict[str, str]:
+    """Texts that have a name in `module`, at any level, its own and imported ones."""
+    found = {here: _constants(origin).get(there) for origin, there, here in _shared(_parsed(module))}
+    for node in ast.walk(_parsed(module)):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            found.update({target.id: node.value.value for target in node.targets if isinstance(target, ast.Name)})
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _patches(tree: ast.AST, constants: Mapping[str, str]) -> tuple[list[tuple[str, str]], list[str]]:
     def text(node: ast.expr | None) -> str | None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             return node.value
-        if isinstance(node, ast.Name):
-            value = constants.get(node.id, getattr(module, node.id, None))
-            return value if isinstance(value, str) else None
-        return None
+        return constants.get(node.id) if isinstance(node, ast.Name) else None
 
     found: list[tuple[str, str]] = []
     unknown: list[str] = []
@@ -68,30 +81,28 @@ def _in_module(module: ModuleType, tree: ast.Module) -> tuple[list[tuple[str, st
                 found.append((where, path))
             else:
                 unknown.append(path or "?")
-        elif isinstance(node, ast.ImportFrom) and ".adapters." in (node.module or "") and "._" in (node.module or ""):
-            for alias in node.names:
-                more = _imported(importlib.import_module(str(node.module)), alias.name)
+    for origin, name, _ in _shared(tree):
+        for node in _parsed(origin).body:  # the function that builds patches, or the name of one
+            own = isinstance(node, ast.FunctionDef) and node.name == name
+            if own or (
+                isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+            ):
+                more = _patches(node, _constants(origin))
                 found += more[0]
                 unknown += more[1]
     return found, unknown
 
 
-def _imported(helper: ModuleType, name: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """What a name imported from shared code patches: a `Patch`, or a function that builds some."""
-    value: Any = getattr(helper, name, None)
-    if isinstance(value, Patch):
-        return [(value.module, value.path)], []
-    if inspect.isfunction(value) and value.__module__ == helper.__name__:
-        return _in_module(helper, ast.parse(inspect.getsource(value)))
-    return [], []
-
-
 def contract(adapter: Adapter) -> tuple[Relies, ...]:
-    """Everything that `adapter` relies on in its library: declared, and the targets of its patches."""
+    """Everything that `adapter` relies on in its library: declared, and the targets of its patches.
+
+    What lies in another distribution (a plugin's module) is declared for the reader and not checked here.
+    """
     declared = {r.target for r in adapter.relies_on if not r.versions and not r.otherwise}
     targets = patch_targets(adapter.name).found if adapter.patches is not None else ()
     patched = [Relies(f"{module}:{path}") for module, path in targets if module.split(".")[0] == adapter.library]
-    return (*adapter.relies_on, *(relies for relies in patched if relies.target not in declared))
+    own = (relies for relies in adapter.relies_on if relies.module.split(".")[0] == adapter.library)
+    return (*own, *(relies for relies in patched if relies.target not in declared))
 
 
 def undeclared(adapter: Adapter) -> list[str]:

@@ -145,12 +145,19 @@ def _download(file: File, into: Path, progress: Progress) -> None:
         )
 
 
-def _wanted(name: str, library: str) -> str | None:
-    """The member's name with the package at the top, or None for what is not a Python file of the library."""
+def _wanted(name: str, library: str, *, depth: int) -> str | None:
+    """The member's name with the package at the top, or None for what is not a Python file of the library.
+
+    Args:
+        depth: 0: the archive has the package at its top (a wheel); 1: one folder down, or in that one's ``src``.
+    """
     path = PurePosixPath(name)
     if not name.endswith(".py") or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         return None
-    return path.as_posix() if path.parts[0] == library and len(path.parts) > 1 else None
+    parts = path.parts[depth:]
+    if depth and parts[:1] == ("src",):
+        parts = parts[1:]
+    return "/".join(parts) if len(parts) > 1 and parts[0] == library else None
 
 
 class _Budget:
@@ -174,8 +181,7 @@ def _from_tar(path: Path, library: str) -> dict[str, bytes]:
             whole += member.size
             if whole > _MOST_ARCHIVE:
                 raise SourceError("it unpacks to more than source code does; refused")
-            inside = member.name.partition("/")[2].removeprefix("src/")
-            name = _wanted(inside, library)
+            name = _wanted(member.name, library, depth=1)
             if name is None or not member.isreg():
                 continue
             budget.spend(name, member.size)
@@ -200,9 +206,7 @@ def _from_zip(archive: zipfile.ZipFile, library: str) -> dict[str, bytes]:
 
 def _member_name(member: zipfile.ZipInfo, library: str) -> str | None:
     # a wheel has the package at its top; a zipped sdist one folder down
-    return _wanted(member.filename, library) or _wanted(
-        re.sub(r"^[^/]+/(src/)?", "", member.filename, count=1), library
-    )
+    return _wanted(member.filename, library, depth=0) or _wanted(member.filename, library, depth=1)
 
 
 def _python_members(archive: zipfile.ZipFile, library: str) -> list[zipfile.ZipInfo]:
