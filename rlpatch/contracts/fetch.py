@@ -196,11 +196,8 @@ def _from_zip(archive: zipfile.ZipFile, library: str) -> dict[str, bytes]:
     budget = _Budget()
     for member in sorted(_python_members(archive, library), key=lambda member: member.header_offset):
         budget.spend(member.filename, member.file_size)
-        with archive.open(member) as reader:
-            content = reader.read(member.file_size + 1)  # no further, whatever the compressed data holds
-        if len(content) != member.file_size:
-            raise SourceError(f"{member.filename!r} does not have the size that it claims; refused")
-        found[str(_member_name(member, library))] = content
+        # never more than file_size, whatever the compressed data holds; the CRC-32 is compared
+        found[str(_member_name(member, library))] = archive.read(member)
     return found
 
 

@@ -261,14 +261,9 @@ def _bound_names(statement: ast.AST) -> list[str]:
 
 
 def _decisive(bound: list[Any]) -> ast.AST:
-    """Of several statements that bind a name: the last definition that is no overload, else the first binding."""
-    last = None
-    for node in bound:
-        if isinstance(node, (*_Function, ast.ClassDef)) and not any(
-            ast.unparse(decorator).rpartition(".")[2] == "overload" for decorator in node.decorator_list
-        ):
-            last = node
-    return last if last is not None else bound[0]
+    """Of several statements that bind a name: the last definition (overloads come first), else the first binding."""
+    definitions = [node for node in bound if isinstance(node, (*_Function, ast.ClassDef))]
+    return definitions[-1] if definitions else bound[0]
 
 
 def _self_names(node: ast.AST) -> list[str]:
