@@ -21,6 +21,7 @@ from typing import Any
 from rlpatch.adapters.trl import _pairing
 from rlpatch.patching import Patch
 from rlpatch.registry import Context
+from rlpatch.relies import Relies
 
 logger = logging.getLogger("rlpatch")
 
@@ -109,6 +110,16 @@ def patches(context: Context, module: str, trainer: str) -> list[Patch]:
         Patch(module, "LLM", build),
         Patch(module, f"{trainer}._move_model_to_vllm", _pairing.sync_weights),
     ]
+
+
+def relies(module: str, trainer: str) -> tuple[Relies, ...]:
+    """What is touched of the class `trainer` of `module`."""
+    return (
+        Relies(f"{module}:LLM"),
+        Relies(f"{module}:{trainer}._move_model_to_vllm"),
+        Relies(f"{module}:{trainer}._last_loaded_step"),
+        Relies(f"{module}:{trainer}.__init__", contains=("self._last_loaded_step = -1",)),
+    )
 
 
 def missing(module: str, trainer: str) -> str | None:

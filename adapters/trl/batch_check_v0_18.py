@@ -13,6 +13,7 @@ from typing import Any
 
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 
 def _post_init(wrapped: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -39,4 +40,10 @@ ADAPTER = Adapter(
     versions=">=0.18,<0.19.1",
     module="trl",
     patches=_patches,
+    relies_on=(
+        Relies(
+            "trl.trainer.grpo_config:GRPOConfig.__post_init__",
+            contains=("self.generation_batch_size % self.per_device_train_batch_size * num_processes != 0",),
+        ),
+    ),
 )

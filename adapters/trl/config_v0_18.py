@@ -37,6 +37,7 @@ from rlpatch.config.defaults import (
 )
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 # Every config with num_generations of some release between 0.18.0 and 1.16.0. A module that a release does not have is
 # never imported there, and its patches stay armed.
@@ -300,4 +301,8 @@ ADAPTER = Adapter(
     module="trl",
     probe=_probe,
     patches=_patches,
+    relies_on=(
+        *(Relies(f"trl.trainer.grpo_config:GRPOConfig.{name}") for name in (GENERATIONS, GENERATION, STEPS)),
+        Relies("trl.trainer.grpo_config:GRPOConfig.__post_init__"),
+    ),
 )

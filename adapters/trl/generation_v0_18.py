@@ -26,4 +26,5 @@ ADAPTER = Adapter(
     module=_GRPO,
     probe=lambda: _own_engine.missing(_GRPO, "GRPOTrainer"),
     patches=_patches,
+    relies_on=(*_own_engine.relies(_GRPO, "GRPOTrainer"),),
 )

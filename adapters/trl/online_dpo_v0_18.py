@@ -11,6 +11,7 @@ from __future__ import annotations
 from rlpatch.adapters.trl import _own_engine
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 _MODULE = "trl.trainer.online_dpo_trainer"
 
@@ -33,4 +34,5 @@ ADAPTER = Adapter(
     module=_MODULE,
     probe=_probe,
     patches=_patches,
+    relies_on=(Relies(f"{_MODULE}:LLM"),),
 )

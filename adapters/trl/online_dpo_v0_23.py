@@ -25,4 +25,5 @@ ADAPTER = Adapter(
     module=_MODULE,
     probe=lambda: _own_engine.missing(_MODULE, "OnlineDPOTrainer"),
     patches=_patches,
+    relies_on=(*_own_engine.relies(_MODULE, "OnlineDPOTrainer"),),
 )

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 _MODULE = "trl.trainer.grpo_trainer"
 _METRIC = "sampling/sampling_logp_difference/mean"
@@ -95,4 +96,8 @@ ADAPTER = Adapter(
     module=_MODULE,
     relevant=_relevant,
     patches=_patches,
+    relies_on=(
+        Relies(f"{_MODULE}:GRPOTrainer._metrics"),
+        Relies(f"{_MODULE}:GRPOTrainer._compute_loss", positional=("model", "inputs")),
+    ),
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlpatch.errors import SharingError
 from rlpatch.patching import Patch, Wrapper
+from rlpatch.relies import Relies
 
 if TYPE_CHECKING:
     from rlpatch.phases import Colocation
@@ -201,3 +202,38 @@ def has_registry() -> str | None:
     import vllm.model_executor.model_loader as loaders
 
     return None if hasattr(loaders, "register_model_loader") else "vLLM has no register_model_loader"
+
+
+RELIES = (
+    Relies(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model",
+        contains=(
+            "self.load_weights(model, model_config)",
+            "process_weights_after_loading(model, model_config, target_device)",
+        ),
+    ),
+    Relies("vllm.model_executor.model_loader.base_loader:BaseModelLoader.download_model"),
+    Relies("vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_config"),
+    Relies(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights",
+        positional=("model", "model_config"),
+    ),
+    Relies(
+        "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_weights",
+        positional=("model", "model_config"),
+    ),
+    Relies("vllm.config:LoadConfig.load_format"),
+    Relies("vllm.engine.arg_utils:EngineArgs.load_format"),
+    # sharing.trace: loaders end in copy_ from the tensor that they were given
+    Relies(
+        "vllm.model_executor.model_loader.weight_utils:default_weight_loader",
+        contains=("param.data.copy_(loaded_weight)",),
+    ),
+    Relies(
+        "vllm.model_executor.parameter:BasevLLMParameter._assert_and_load",
+        contains=("self.data.copy_(loaded_weight)",),
+    ),
+    Relies("vllm.entrypoints.llm:LLM.sleep", positional=("level",)),
+    Relies("vllm.entrypoints.llm:LLM.wake_up", positional=("tags",)),
+    Relies("vllm.v1.executor.abstract:Executor.sleep", positional=("level",)),
+)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from rlpatch.adapters.vllm._collector import BUILD, CAPTURE_V1, CAPTURE_V2, V2_RUNNER, rests_itself
 from rlpatch.adapters.vllm._platform import has
 from rlpatch.registry import Adapter
+from rlpatch.relies import Relies
 
 
 def _probe() -> str | None:
@@ -27,4 +28,5 @@ ADAPTER = Adapter(
     module="vllm.entrypoints.llm",
     probe=_probe,
     patches=lambda context: [BUILD, CAPTURE_V1, CAPTURE_V2],
+    relies_on=(Relies("vllm.v1.engine.core_client:InprocClient.engine_core"),),
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from rlpatch.adapters.vllm._collector import BUILD, rests_itself
 from rlpatch.registry import Adapter
+from rlpatch.relies import Relies
 
 
 def _probe() -> str | None:
@@ -23,4 +24,8 @@ ADAPTER = Adapter(
     module="vllm.entrypoints.llm",
     probe=_probe,
     patches=lambda context: [BUILD],
+    relies_on=(
+        Relies("vllm.v1.engine.core_client:InprocClient.engine_core"),
+        Relies("vllm.utils.gc_utils:freeze_gc_for_cudagraph_capture"),
+    ),
 )

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rlpatch.adapters.vllm._reach import AT_REST
 from rlpatch.errors import StandbyError
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 if TYPE_CHECKING:
     from rlpatch.engine import Engine
@@ -108,4 +110,14 @@ ADAPTER = Adapter(
     relevant=_relevant,
     provides=RestingStandby,
     patches=_patches,
+    relies_on=(
+        *AT_REST,
+        Relies("vllm.v1.engine.core:EngineCore.wake_up", positional=("tags",)),
+        Relies("vllm.v1.core.sched.scheduler:Scheduler.encoder_cache_manager"),
+        Relies("vllm.device_allocator.cumem:CuMemAllocator.get_instance"),
+        Relies("vllm.device_allocator.cumem:CuMemAllocator.pointer_to_data"),
+        Relies("vllm.device_allocator.cumem:AllocationData", parameters=("handle",)),
+        Relies("vllm.device_allocator.cumem:create_and_map"),
+        Relies("vllm.device_allocator.cumem:unmap_and_release"),
+    ),
 )

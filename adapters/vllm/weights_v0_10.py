@@ -11,9 +11,10 @@ Delete when: the oldest supported vLLM is 0.17.
 
 from __future__ import annotations
 
-from rlpatch.adapters.vllm._weights import RELOAD_GUARD, TrainerMemory, has_registry, sleep_guards
+from rlpatch.adapters.vllm._weights import RELIES, RELOAD_GUARD, TrainerMemory, has_registry, sleep_guards
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 
 def _patches(context: Context) -> list[Patch]:
@@ -38,4 +39,8 @@ ADAPTER = Adapter(
     probe=_probe,
     provides=TrainerMemory,
     patches=_patches,
+    relies_on=(
+        Relies("vllm.model_executor.model_loader:register_model_loader", positional=("load_format",)),
+        *RELIES,
+    ),
 )

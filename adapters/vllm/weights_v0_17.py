@@ -10,7 +10,7 @@ Delete when: vLLM can be handed externally owned weights (``get_external_weight_
 
 from __future__ import annotations
 
-from rlpatch.adapters.vllm._weights import RELOAD_GUARD, TrainerMemory, has_registry, sleep_guards
+from rlpatch.adapters.vllm._weights import RELIES, RELOAD_GUARD, TrainerMemory, has_registry, sleep_guards
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
@@ -40,36 +40,6 @@ ADAPTER = Adapter(
     patches=_patches,
     relies_on=(
         Relies("vllm.model_executor.model_loader:register_model_loader", positional=("load_format",)),
-        Relies(
-            "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model",
-            contains=(
-                "self.load_weights(model, model_config)",
-                "process_weights_after_loading(model, model_config, target_device)",
-            ),
-        ),
-        Relies("vllm.model_executor.model_loader.base_loader:BaseModelLoader.download_model"),
-        Relies("vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_config"),
-        Relies(
-            "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights",
-            positional=("model", "model_config"),
-        ),
-        Relies(
-            "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_weights",
-            positional=("model", "model_config"),
-        ),
-        Relies("vllm.config:LoadConfig.load_format"),
-        Relies("vllm.engine.arg_utils:EngineArgs.load_format"),
-        # sharing.trace: loaders end in copy_ from the tensor that they were given
-        Relies(
-            "vllm.model_executor.model_loader.weight_utils:default_weight_loader",
-            contains=("param.data.copy_(loaded_weight)",),
-        ),
-        Relies(
-            "vllm.model_executor.parameter:BasevLLMParameter._assert_and_load",
-            contains=("self.data.copy_(loaded_weight)",),
-        ),
-        Relies("vllm.entrypoints.llm:LLM.sleep", positional=("level",)),
-        Relies("vllm.entrypoints.llm:LLM.wake_up", positional=("tags",)),
-        Relies("vllm.v1.executor.abstract:Executor.sleep", positional=("level",)),
+        *RELIES,
     ),
 )

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlpatch.adapters.vllm._weights import refuse_overwriting, sleep_guards, trainer_memory_loader
+from rlpatch.adapters.vllm._weights import RELIES, refuse_overwriting, sleep_guards, trainer_memory_loader
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 if TYPE_CHECKING:
     from rlpatch.phases import Colocation
@@ -62,4 +63,11 @@ ADAPTER = Adapter(
     probe=_probe,
     provides=TrainerMemory,
     patches=_patches,
+    relies_on=(
+        Relies(
+            "vllm.model_executor.model_loader:get_model_loader",
+            contains=("isinstance(load_config.load_format, type)",),
+        ),
+        *RELIES,
+    ),
 )
