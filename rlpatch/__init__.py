@@ -28,6 +28,7 @@ def apply(
     share_weights: bool | None = None,
     defaults: bool | Iterable[str] | str | None = None,
     lora: str | None = None,
+    precision: str | None = None,
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str | None = None,
     strict: bool | None = None,
@@ -44,6 +45,11 @@ def apply(
         lora: How a LoRA reaches the engine. ``"fold"``: folded into the shared weights for each rollout and taken out
             again bit for bit; ``"slots"``: through vLLM's own LoRA kernels; ``"merge"``: TRL's merge, push and unmerge;
             ``"auto"``: the fold where it is exact, else slots, else merge. None: ``RLPATCH_LORA``, then ``"auto"``.
+        precision: Of the trainer's weights. ``"auto"``: a model that the trainer loads from a path under ``bf16=True`` gets
+            the engine's bfloat16, so that the two can share; trained weights keep float32 masters in the optimizer, a
+            base frozen under adapters needs none, and whatever the script chose itself (a model object, a ``dtype``)
+            stays. ``"masters"``: this for objects and given dtypes, too, and an error where it is not possible.
+            ``"as-is"``: TRL's precision. None: ``RLPATCH_PRECISION``, then ``"auto"``.
         include: Only these capabilities (names as in `status`). None: ``RLPATCH_INCLUDE`` (comma-separated), then all.
         exclude: Never these. None: ``RLPATCH_EXCLUDE``.
         strict: Releases that no adapter serves are an error. None: ``RLPATCH_STRICT``, then False (a warning).
@@ -62,6 +68,7 @@ def apply(
         share_weights=share_weights,
         defaults=defaults,
         lora=lora,
+        precision=precision,
         include=include,
         exclude=exclude,
         strict=strict,

@@ -31,6 +31,7 @@ class Report:
         outcomes: One per capability.
         pairs: One dict per live pair (see `rlpatch.phases.Colocation.describe`).
         configs: What was changed in the latest configs (see `rlpatch.config.listing`).
+        precision: One dict per trained model (see `rlpatch.precision.model.Prepared.describe`).
     """
 
     applied: bool
@@ -38,6 +39,7 @@ class Report:
     pairs: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     configs: tuple[listing.Listing, ...] = ()
+    precision: tuple[dict[str, Any], ...] = ()
 
     def __getitem__(self, capability: str) -> Outcome:
         for outcome in self.outcomes:
@@ -51,6 +53,7 @@ class Report:
             "applied": self.applied,
             "outcomes": [outcome.as_dict() for outcome in self.outcomes],
             "pairs": list(self.pairs),
+            "precision": list(self.precision),
             "notes": list(self.notes),
             "configs": [entry.as_dict() for entry in self.configs],
         }
@@ -59,10 +62,12 @@ class Report:
         lines = ["rlpatch is applied" if self.applied else "rlpatch is not applied"]
         lines += [f"  {outcome}" for outcome in self.outcomes]
         lines += [f"  {note}" for note in self.notes]
-        for pair in self.pairs:
-            lines.append(
-                "  pair: " + ", ".join(f"{key} {value}" for key, value in pair.items() if value not in (None, [], {}))
-            )
+        for kind, described in (("pair", self.pairs), ("precision", self.precision)):
+            for facts in described:
+                lines.append(
+                    f"  {kind}: "
+                    + ", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, [], {}))
+                )
         for entry in self.configs:
             lines += [f"  {line}" for line in str(entry).splitlines()]
         return "\n".join(lines)
@@ -96,7 +101,9 @@ def apply(**arguments: Any) -> Report:
             logger.info("rlpatch: settings changed; reverting and applying anew")
             revert()
         chosen = NAMES if settings.defaults is True else settings.defaults or ()
-        context = Context(settings.wants("standby"), settings.wants("share_weights"), settings.lora, chosen)
+        context = Context(
+            settings.wants("standby"), settings.wants("share_weights"), settings.lora, chosen, settings.precision
+        )
         run = _Run(settings, context)
         try:
             for capability, library in known.items():
@@ -237,6 +244,11 @@ def _phases() -> Any:
     return sys.modules.get("rlpatch.phases")
 
 
+def _precision() -> Any:
+    """Likewise `rlpatch.precision.model`, which a trainer's adapter imports."""
+    return sys.modules.get("rlpatch.precision.model")
+
+
 def _text(found: versions.Installed) -> str | None:
     return str(found.version) if found.version else None
 
@@ -256,6 +268,8 @@ def revert() -> Report:
         if _run is None:
             return Report(False)
         notes = _phases().part_all() if _phases() else []
+        if _precision():
+            _precision().undo_all()
         notes += _undo(_run)
         _run = None
         listing.clear()
@@ -274,13 +288,16 @@ def status() -> Report:
             tuple(_run.outcomes.values()),
             tuple(pair.describe() for pair in (_phases().live() if _phases() else ())),
             configs=listing.listings(),
+            precision=tuple(model.describe() for model in (_precision().live() if _precision() else ())),
         )
 
 
 @contextlib.contextmanager
 def patched(**settings: Any) -> Iterator[Report]:
     """See `rlpatch.patched`."""
-    arguments = dict.fromkeys(("standby", "share_weights", "defaults", "lora", "include", "exclude", "strict"))
+    arguments = dict.fromkeys(
+        ("standby", "share_weights", "defaults", "lora", "precision", "include", "exclude", "strict")
+    )
     unknown = set(settings) - set(arguments)
     if unknown:
         raise TypeError(f"patched() got an unexpected argument {sorted(unknown)[0]!r}; it takes what apply() takes")

@@ -391,6 +391,13 @@ def _capabilities(diagnosis: Diagnosis) -> Iterable[Finding]:
         diagnosis.outcomes = tuple(outcomes)
     for outcome in diagnosis.outcomes:
         yield from _shortcoming(outcome, diagnosis.installed[outcome.library])
+    for model in report.precision:
+        yield Finding(
+            "info",
+            f"precision of {model['model']}: {model['mode']}",
+            f"{model['reason'][:1].upper()}{model['reason'][1:]}; {model['cost']}.",
+            "nothing to do; apply(precision='masters') or apply(precision='as-is') would choose otherwise",
+        )
 
 
 def _prospect(capability: str, library: str, found: Installed, settings: Settings) -> Outcome:

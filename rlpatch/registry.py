@@ -80,6 +80,7 @@ class Context:
         share_weights: Whether trainer and engine shall share one copy of the weights.
         lora: How a LoRA shall reach the engine (see `rlpatch.apply`).
         defaults: Which config defaults are wanted (see `rlpatch.config.defaults.NAMES`).
+        precision: Of the trainer's weights (see `rlpatch.apply`).
         providers: capability -> the chosen adapter's `provides` (filled as capabilities resolve).
         reasons: capability -> why it has none, in words.
     """
@@ -88,6 +89,7 @@ class Context:
     share_weights: bool = True
     lora: str = "auto"
     defaults: tuple[str, ...] = ()
+    precision: str = "auto"
     providers: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 

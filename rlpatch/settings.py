@@ -10,6 +10,7 @@ from rlpatch.errors import UsageError
 from rlpatch.versions import environment_flag
 
 LORA_MODES = ("auto", "fold", "slots", "merge")
+PRECISIONS = ("auto", "masters", "as-is")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Settings:
         defaults: Better defaults for config fields left alone, and batches that divide; the names of those wanted, or
             True for all of them.
         lora: How a LoRA reaches the engine: ``"auto"``, ``"fold"``, ``"slots"`` or ``"merge"`` (TRL's way).
+        precision: Of the trainer's weights: ``"auto"``, ``"masters"`` or ``"as-is"`` (TRL's).
         include: Only these capabilities, or None for all.
         exclude: Never these capabilities.
         strict: An unsupported release is an error instead of a warning.
@@ -32,6 +34,7 @@ class Settings:
     share_weights: bool = True
     defaults: bool | tuple[str, ...] = True
     lora: str = "auto"
+    precision: str = "auto"
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -41,7 +44,11 @@ class Settings:
         """Whether `capability` shall be applied."""
         if capability in self.exclude or (self.include is not None and capability not in self.include):
             return False
-        switches = {"standby": self.standby, "share_weights": self.share_weights, "defaults": bool(self.defaults)}
+        narrow = self.precision != "as-is"
+        switches = {
+            "standby": self.standby, "share_weights": self.share_weights, "defaults": bool(self.defaults),
+            "precision": narrow, "master_weights": narrow,
+        }  # fmt: skip
         return switches.get(capability, True)
 
 
@@ -65,6 +72,7 @@ def resolve(
     share_weights: bool | None,
     defaults: bool | Iterable[str] | str | None,
     lora: str | None,
+    precision: str | None = None,
     include: Iterable[str] | str | None,
     exclude: Iterable[str] | str | None,
     strict: bool | None,
@@ -139,6 +147,7 @@ def resolve(
         share_weights=flag("share_weights", share_weights, True),
         defaults=some("defaults", defaults),
         lora=one_of("lora", lora, LORA_MODES),
+        precision=one_of("precision", precision, PRECISIONS),
         include=included,
         exclude=excluded,
         strict=flag("strict", strict, False),
