@@ -42,6 +42,7 @@ class Job:
         engine: Defaults for arguments of ``vllm.LLM``.
         apply: Arguments of ``rlpatch.apply`` for a patched run.
         lora: Arguments of ``peft.LoraConfig``; empty: full fine-tuning.
+        from_path: The trainer gets the checkpoint's path, as in plain scripts, instead of a model object in `dtype`.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Job:
     engine: dict[str, Any] = field(default_factory=dict)
     apply: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    from_path: bool = False
 
 
 def engine_defaults(**defaults: Any) -> PatchSet:
@@ -136,7 +138,9 @@ def make_trainer(job: Job) -> Any:
     patch_set.apply()
     try:
         set_seed(job.seed)
-        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
+        model: Any = job.model
+        if not job.from_path:
+            model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
         import trl
 
         kind = {"grpo": "GRPO", "rloo": "RLOO"}[job.trainer]
