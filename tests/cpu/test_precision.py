@@ -265,6 +265,13 @@ def test_a_reference_model_has_the_policys_precision(build: Callable[..., Any]) 
     agree(expected, train(ours), first=1e-4)
 
 
+def test_rloo_likewise(build: Callable[..., Any]) -> None:
+    ours = build(steps=2, trainer="rloo", config={"beta": 0.05})
+    assert all(p.dtype == torch.bfloat16 for p in (*ours[0].model.parameters(), *ours[0].ref_model.parameters()))
+    result = train(ours)
+    assert result["status"]["precision"][-1]["mode"] == "masters" and result["weights_twice_bytes"] == 0
+
+
 def test_what_the_script_chose_stays(build: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     given = build(steps=1, config={"model_init_kwargs": {"dtype": "float32"}})
     assert {p.dtype for p in given[0].model.parameters()} == {torch.float32}
