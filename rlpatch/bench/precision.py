@@ -94,7 +94,7 @@ def learning(folder: Path, steps: int, rate: float, progress: bool = True) -> li
             path, variant["patched"], steps=steps, dtype="bfloat16", from_path=variant["from_path"],
             config={
                 "bf16": True, "learning_rate": rate, "per_device_train_batch_size": 32, "num_generations": 8,
-                "max_completion_length": 8, "output_dir": str(folder / "out"), "disable_tqdm": True,
+                "max_completion_length": 4, "output_dir": str(folder / "out"), "disable_tqdm": True,
                 "log_level": "error",
             },
         )  # fmt: skip
