@@ -16,6 +16,7 @@ from typing import Any
 
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 
 def _from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,4 +73,10 @@ ADAPTER = Adapter(
     module="transformers.trainer",
     probe=_probe,
     patches=_patches,
+    relies_on=(
+        Relies(
+            "transformers.trainer:Trainer.create_optimizer",
+            contains=("optimizer_cls(optimizer_grouped_parameters, **optimizer_kwargs)",),
+        ),
+    ),
 )

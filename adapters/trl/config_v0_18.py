@@ -304,5 +304,9 @@ ADAPTER = Adapter(
     relies_on=(
         *(Relies(f"trl.trainer.grpo_config:GRPOConfig.{name}") for name in (GENERATIONS, GENERATION, STEPS)),
         Relies("trl.trainer.grpo_config:GRPOConfig.__post_init__"),
+        *(
+            Relies(f"transformers.hf_argparser:HfArgumentParser.{name}")
+            for name in ("parse_args_into_dataclasses", "parse_known_args")
+        ),
     ),
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from rlpatch.adapters.trl import _own_engine
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 _MODULE = "trl.experimental.gold.gold_trainer"
 
@@ -25,5 +26,5 @@ ADAPTER = Adapter(
     module=_MODULE,
     probe=lambda: _own_engine.missing(_MODULE, "GOLDTrainer"),
     patches=_patches,
-    relies_on=(*_own_engine.relies(_MODULE, "GOLDTrainer"),),
+    relies_on=(Relies(f"{_MODULE}:LLM"), Relies(f"{_MODULE}:GOLDTrainer._move_model_to_vllm")),
 )

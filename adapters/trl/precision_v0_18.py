@@ -17,6 +17,7 @@ from typing import Any
 
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 logger = logging.getLogger("rlpatch")
 
@@ -163,4 +164,5 @@ ADAPTER = Adapter(
     module="trl.trainer.grpo_trainer",
     probe=_probe,
     patches=_patches,
+    relies_on=(Relies("trl.trainer.grpo_trainer:GRPOTrainer.__init__", parameters=("model", "args", "peft_config")),),
 )

@@ -32,7 +32,10 @@ ADAPTER = Adapter(
     provides=QuantizedWeights,
     patches=lambda context: loader_patches(IN_TREE),
     relies_on=(
-        Relies(f"{IN_TREE}:BitsAndBytesModelLoader.load_weights", fingerprints=("6ec933d5ca7c", "0971393c45e1")),
+        Relies(
+            f"{IN_TREE}:BitsAndBytesModelLoader.load_weights",
+            fingerprints=("feede0130e4d", "6ec933d5ca7c", "0971393c45e1"),
+        ),
         Relies(
             f"{_LAYERS}:BitsAndBytesLinearMethod._apply_4bit_weight",
             contains=(

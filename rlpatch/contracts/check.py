@@ -179,6 +179,8 @@ def judge(
                 return judgement(Verdict.BROKEN, adapter, f"its range {adapter.versions} says otherwise")
             if adapter.native:
                 return judgement(Verdict.NATIVE, adapter)
+            if adapter.broken is not None:
+                return judgement(Verdict.NONE, adapter, f"left off: {adapter.broken}")
             if not contract(adapter):
                 return judgement(Verdict.UNCHECKED, adapter, "it declares nothing that it relies on")
             return judgement(Verdict.COVERED, adapter)

@@ -106,6 +106,9 @@ def contract(adapter: Adapter) -> tuple[Relies, ...]:
 
 
 def undeclared(adapter: Adapter) -> list[str]:
-    """Paths of patches that can neither be read from the adapter's file nor stand in its ``relies_on``."""
-    declared = {relies.path for relies in adapter.relies_on}
+    """Paths of patches that can neither be read from the adapter's file nor stand in its ``relies_on``.
+
+    A path that is put together at run time (``"?"``) is taken for declared where anything is: by hand, then.
+    """
+    declared = {relies.path for relies in adapter.relies_on} | ({"?"} if adapter.relies_on else set())
     return [path for path in patch_targets(adapter.name).unknown if path not in declared]

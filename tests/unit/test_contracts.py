@@ -174,7 +174,9 @@ def test_declarations_are_checked_when_they_are_made() -> None:
 
 @pytest.mark.parametrize("adapter", registry.adapters(), ids=lambda adapter: adapter.name)
 def test_every_adapter_declares_what_it_relies_on(adapter: Adapter) -> None:
-    assert adapter.native or adapter.relies_on, f"{adapter.name} declares nothing; see docs/compatibility.md"
+    assert adapter.native or adapter.broken or adapter.relies_on, (
+        f"{adapter.name} declares nothing; see docs/compatibility.md"
+    )
     assert not undeclared(adapter), f"{adapter.name}: declare these targets of its patches in relies_on"
     declared = contract(adapter)
     assert len(set(declared)) == len(declared), "declared twice"
@@ -186,11 +188,11 @@ def test_every_adapter_declares_what_it_relies_on(adapter: Adapter) -> None:
 
 def test_targets_of_patches_are_read_from_the_adapters_files() -> None:
     assert patch_targets("vllm/engine_v0_9").found == tuple(
-        ("vllm.entrypoints.llm", f"LLM.{name}") for name in ("__init__", "generate", "chat")
+        ("vllm.entrypoints.llm", f"LLM.{name}") for name in ("__init__", "generate", "chat", "sleep", "wake_up")
     )
     shared = ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm")  # a Patch with a name, imported
     assert shared in patch_targets("vllm/cpu_weights_v0_27").found
-    assert patch_targets("vllm/bitsandbytes_v0_17").unknown == ("BitsAndBytesModelLoader.load_weights",)
+    assert patch_targets("vllm/bitsandbytes_v0_9").unknown == ("BitsAndBytesModelLoader.load_weights",)
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -92,7 +92,7 @@ def _relevant() -> str | None:
 ADAPTER = Adapter(
     capability="stale_policy",
     library="trl",
-    versions=">=0.18,<1.17",
+    versions=">=0.20,<1.17",
     module=_MODULE,
     relevant=_relevant,
     patches=_patches,
