@@ -27,6 +27,7 @@ from rlpatch.versions import DISTRIBUTIONS, Installed, within
 
 FILE = "compat_matrix.yaml"
 CHECKED = ("run-cpu", "run-gpu", "read", "broken")
+_MARKS = ("<!-- written from compat_matrix.yaml -->", "<!-- end -->")
 WHEN = ("always", "sleep_mode", "standby", "bitsandbytes")
 
 _TEXT = {"type": "string", "minLength": 1}
@@ -436,30 +437,61 @@ def tox_ini(matrix: Matrix) -> str:
     return text
 
 
-def write(root: str | Path) -> Path:
-    """Write `root`/tox.ini from `root`/compat_matrix.yaml; returns its path.
+def support_table(matrix: Matrix) -> str:
+    """The README's table of pairs, in Markdown."""
+    words = {"run-cpu": "run, CPU", "run-gpu": "run, GPU", "read": "read", "broken": "broken"}
+    lines = ["| vLLM | TRL | plain TRL | with rlpatch | CI | with; what was done |", "|---|---|---|---|---|---|"]
+    for pair in matrix.pairs:
+        needs = ", ".join(f"{name} {text}" for name in ("torch", "transformers") if (text := getattr(pair, name)))
+        remark = "; ".join(filter(None, (f"`{needs}`" if needs else "", pair.why or pair.note, pair.date)))
+        cells = (pair.vllm, pair.trl, words[pair.checked], words[pair.rlpatch], "yes" if pair.ci else "", remark)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _readme(matrix: Matrix, text: str) -> str:
+    """`text` with the table between its marks renewed; unchanged without them."""
+    before, mark, rest = text.partition(_MARKS[0])
+    _, end, after = rest.partition(_MARKS[1])
+    return f"{before}{mark}\n{support_table(matrix)}\n{end}{after}" if mark and end else text
+
+
+def _written(root: Path) -> dict[Path, tuple[str, str]]:
+    """File -> what it holds, what it should hold."""
+    matrix = load(root / FILE)
+    files = {"tox.ini": lambda _: tox_ini(matrix), "README.md": lambda text: _readme(matrix, text)}
+    found = {}
+    for name, wanted in files.items():
+        target = root / name
+        text = target.read_text(encoding="utf-8") if target.is_file() else ""
+        if text or name == "tox.ini":
+            found[target] = (text, wanted(text))
+    return found
+
+
+def write(root: str | Path) -> list[Path]:
+    """Write `root`/tox.ini and the table in `root`/README.md from `root`/compat_matrix.yaml; returns their paths.
 
     Raises:
         MatrixError: see `load`.
     """
-    target = Path(root) / "tox.ini"
-    target.write_text(tox_ini(load(Path(root) / FILE)), encoding="utf-8")
-    return target
+    files = _written(Path(root))
+    for target, (_, wanted) in files.items():
+        target.write_text(wanted, encoding="utf-8")
+    return list(files)
 
 
 def check(root: str | Path) -> str | None:
-    """How `root`/tox.ini differs from what `write` would write, as a unified diff; None when it does not.
+    """How these files differ from what `write` would write, as a unified diff; None when they do not.
 
     Raises:
         MatrixError: see `load`.
     """
-    target = Path(root) / "tox.ini"
-    found = target.read_text(encoding="utf-8") if target.is_file() else ""
-    wanted = tox_ini(load(Path(root) / FILE))
-    if found == wanted:
-        return None
-    lines = (found.splitlines(keepends=True), wanted.splitlines(keepends=True))
-    return "".join(difflib.unified_diff(*lines, "tox.ini", f"tox.ini from {FILE}"))
+    difference = ""
+    for target, (found, wanted) in _written(Path(root)).items():
+        lines = (found.splitlines(keepends=True), wanted.splitlines(keepends=True))
+        difference += "".join(difflib.unified_diff(*lines, target.name, f"{target.name} from {FILE}"))
+    return difference or None
 
 
 def _repository(start: Path) -> Path:
@@ -500,19 +532,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``python -m rlpatch matrix [--write | --check] [--root FOLDER]``; ``check …`` is `rlpatch.contracts.command`.
 
     Returns:
-        0: fine; 1: tox.ini differs or the matrix is invalid; 2: usage.
+        0: fine; 1: a file differs or the matrix is invalid; 2: usage.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["check"]:
         return int(importlib.import_module("rlpatch.contracts.command").main(arguments[1:]))
     parser = argparse.ArgumentParser(
         prog="python -m rlpatch matrix",
-        description=f"Show {FILE}; with an option, write tox.ini from it or check that they agree.",
+        description=f"Show {FILE}; with an option, write tox.ini and the README's table, or check that they agree.",
         epilog="python -m rlpatch matrix check LIBRARY==VERSION checks a release against the adapters; see its --help.",
     )
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--write", action="store_true", help="write tox.ini")
-    modes.add_argument("--check", action="store_true", help="exit 1 and show how tox.ini differs, if it does")
+    modes.add_argument("--write", action="store_true", help="write tox.ini and the README's table")
+    modes.add_argument("--check", action="store_true", help="exit 1 and show how they differ, if they do")
     parser.add_argument("--root", type=Path, help="the repository (default: this folder or one above it)")
     try:
         options = parser.parse_args(arguments)
@@ -524,17 +556,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         root = options.root or _repository(Path.cwd())
         if options.write:
-            print(f"wrote {write(root)}")
+            print(f"wrote {', '.join(map(str, write(root)))}")
             return 0
         difference = check(root)
     except MatrixError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if difference is None:
-        print(f"tox.ini agrees with {FILE}")
+        print(f"tox.ini and README.md agree with {FILE}")
         return 0
     print(difference, end="")
-    print(f"error: tox.ini does not agree with {FILE}; run: python -m rlpatch matrix --write", file=sys.stderr)
+    print(f"error: they do not agree with {FILE}; run: python -m rlpatch matrix --write", file=sys.stderr)
     return 1
 
 

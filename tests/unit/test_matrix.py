@@ -162,6 +162,20 @@ def test_write_then_check_agrees_and_a_change_is_shown(tmp_path: Path, capsys: p
     assert "+    peft" in out and "matrix --write" in err
 
 
+def test_the_readme_has_the_matrix_between_its_marks(tmp_path: Path) -> None:
+    (tmp_path / matrix.FILE).write_text(text(PAIR[:-1] + ", rlpatch: read, note: 'a | b', date: '2026-11'}"))
+    (tmp_path / "README.md").write_text("before\n<!-- written from compat_matrix.yaml -->\nold\n<!-- end -->\nafter\n")
+    assert "+| 0.31.0 | 1.16.0 | run, CPU | read |" in (matrix.check(tmp_path) or "")
+    matrix.write(tmp_path)
+    written = (tmp_path / "README.md").read_text()
+    assert written.startswith("before\n") and written.endswith("<!-- end -->\nafter\n") and "old" not in written
+    assert "| `torch ==2.13.0`; a \\| b; 2026-11 |" in written
+    assert matrix.check(tmp_path) is None
+    (tmp_path / "README.md").write_text("no marks\n")
+    matrix.write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "no marks\n"
+
+
 def test_command_line_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert matrix.main([]) == 0
     assert "0.31.0" in capsys.readouterr().out
