@@ -54,6 +54,7 @@ SCHEMA: dict[str, Any] = {
                     "rlpatch": {"enum": list(CHECKED)},
                     "ci": {"type": "boolean"},
                     "extra": {"type": "array", "items": _TEXT},
+                    "tests": {"type": "array", "items": _TEXT},
                     "date": _TEXT,
                     "why": _TEXT,
                     "note": _TEXT,
@@ -100,6 +101,7 @@ class Pair:
         transformers: Version specifier, or None when unknown.
         ci: Whether tox gets an environment for it.
         extra: Further requirements of that environment.
+        tests: What pytest runs there; empty: everything.
         date: When it was last run (``YYYY-MM-DD`` or ``YYYY-MM``), or None.
         why: What is broken; set whenever `checked` is ``broken``.
         note: What was run or read.
@@ -114,6 +116,7 @@ class Pair:
     transformers: str | None = None
     ci: bool = False
     extra: Sequence[str] = ()
+    tests: Sequence[str] = ()
     date: str | None = None
     why: str | None = None
     note: str | None = None
@@ -410,7 +413,6 @@ set_env =
     TOKENIZERS_PARALLELISM = false
     UV_OVERRIDE = {{tox_root}}{{/}}tests{{/}}overrides.txt
     VLLM_NO_USAGE_STATS = 1
-commands = pytest {{posargs:tests/unit tests/cpu -m "not gpu"}}
 """
 
 _TOX_PAIR = """
@@ -423,7 +425,7 @@ deps =
     trl=={pair.trl}
     transformers{transformers}
     {others}
-commands = {{[pair]commands}}
+commands = pytest {{posargs:{tests}}}
 """
 
 
@@ -433,7 +435,10 @@ def tox_ini(matrix: Matrix) -> str:
     text = _HEADER + _TOX.format(environments=", ".join(names))
     for pair in matrix.ci:
         others = "\n    ".join(("accelerate", "datasets", "peft", *pair.extra))
-        text += _TOX_PAIR.format(name=pair.environment, pair=pair, transformers=pair.transformers or "", others=others)
+        tests = " ".join(pair.tests or ("tests/unit", "tests/cpu"))
+        text += _TOX_PAIR.format(
+            name=pair.environment, pair=pair, transformers=pair.transformers or "", others=others, tests=tests
+        )
     return text
 
 

@@ -50,15 +50,21 @@ def _capture(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[st
         return wrapped(*args, **kwargs)
 
 
+# Engines whose heap was thawed. Frozen, an engine is never collected; thawed it would be, some time after its trainer, and
+# ``EngineCore.shutdown`` then destroys the process group under the next trainer of this process.
+_kept: dict[int, Any] = {}
+
+
 def _build(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     frozen = gc.get_freeze_count()
     try:
         return wrapped(*args, **kwargs)
     finally:
         added = gc.get_freeze_count() - frozen
-        if not frozen:
+        if not frozen and added > 0:
             gc.unfreeze()
-        elif added > 0:
+            _kept[id(instance)] = instance
+        elif frozen and added > 0:
             logger.info(
                 "rlpatch: vLLM froze %d objects, which are never collected now; they stay frozen, because %d were before "
                 "and the collector cannot thaw a part (call gc.unfreeze() before the engine is built)",
@@ -66,9 +72,15 @@ def _build(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
             )  # fmt: skip
 
 
+def _shutdown(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    _kept.pop(id(instance), None)
+    return wrapped(*args, **kwargs)
+
+
 # ``EngineCore.__init__`` ends with ``freeze_gc_heap()`` (0.11.1 and later), which is meant for a process of its own. In
 # process the client builds the core, so that the wrapper never runs in an engine's own process.
 BUILD = Patch("vllm.v1.engine.core_client", "InprocClient.__init__", _build)
+SHUTDOWN = Patch("vllm.v1.engine.core_client", "InprocClient.shutdown", _shutdown)
 CAPTURE_V1 = Patch("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.capture_model", _capture)
 V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 CAPTURE_V2 = Patch(V2_RUNNER, "GPUModelRunner.capture_model", _capture)

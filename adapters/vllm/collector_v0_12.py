@@ -9,7 +9,7 @@ Delete when: the oldest supported vLLM is 0.30.
 
 from __future__ import annotations
 
-from rlpatch.adapters.vllm._collector import BUILD, CAPTURE_V1, CAPTURE_V2, V2_RUNNER, rests_itself
+from rlpatch.adapters.vllm._collector import BUILD, CAPTURE_V1, CAPTURE_V2, SHUTDOWN, V2_RUNNER, rests_itself
 from rlpatch.adapters.vllm._platform import has
 from rlpatch.registry import Adapter
 from rlpatch.relies import Relies
@@ -27,6 +27,6 @@ ADAPTER = Adapter(
     versions=">=0.12,<0.30",
     module="vllm.entrypoints.llm",
     probe=_probe,
-    patches=lambda context: [BUILD, CAPTURE_V1, CAPTURE_V2],
+    patches=lambda context: [BUILD, SHUTDOWN, CAPTURE_V1, CAPTURE_V2],
     relies_on=(Relies("vllm.v1.engine.core_client:InprocClient.engine_core"),),
 )

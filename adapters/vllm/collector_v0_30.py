@@ -8,7 +8,7 @@ Delete when: vLLM does not freeze the heap of a process that it shares.
 
 from __future__ import annotations
 
-from rlpatch.adapters.vllm._collector import BUILD, rests_itself
+from rlpatch.adapters.vllm._collector import BUILD, SHUTDOWN, rests_itself
 from rlpatch.registry import Adapter
 from rlpatch.relies import Relies
 
@@ -23,7 +23,7 @@ ADAPTER = Adapter(
     versions=">=0.30,<0.34",
     module="vllm.entrypoints.llm",
     probe=_probe,
-    patches=lambda context: [BUILD],
+    patches=lambda context: [BUILD, SHUTDOWN],
     relies_on=(
         Relies("vllm.v1.engine.core_client:InprocClient.engine_core"),
         Relies("vllm.utils.gc_utils:freeze_gc_for_cudagraph_capture"),

@@ -9,7 +9,7 @@ Delete when: the oldest supported vLLM is 0.12.
 
 from __future__ import annotations
 
-from rlpatch.adapters.vllm._collector import BUILD, CAPTURE_V1, V2_RUNNER
+from rlpatch.adapters.vllm._collector import BUILD, CAPTURE_V1, SHUTDOWN, V2_RUNNER
 from rlpatch.adapters.vllm._platform import has
 from rlpatch.registry import Adapter
 from rlpatch.relies import Relies
@@ -25,6 +25,6 @@ ADAPTER = Adapter(
     versions=">=0.9.2,<0.12",
     module="vllm.entrypoints.llm",
     probe=_probe,
-    patches=lambda context: [BUILD, CAPTURE_V1],
+    patches=lambda context: [BUILD, SHUTDOWN, CAPTURE_V1],
     relies_on=(Relies("vllm.v1.engine.core_client:InprocClient.engine_core"),),
 )

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 sys.path.insert(0, str(Path(__file__).parent))  # suite.py
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("RLPATCH_DEFAULTS", "0")  # plain and patched runs are compared; test_config_fixups.py has its own
-os.environ.setdefault("MASTER_PORT", "29613")  # TRL's default would clash with the golden suite's processes
+os.environ.setdefault("MASTER_PORT", str(free_port()))  # TRL's default would clash with the golden suite's processes
 
 for library in ("torch", "vllm"):
     pytest.importorskip(library)

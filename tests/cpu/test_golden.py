@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 SUITE = Path(__file__).with_name("suite.py")
 sys.path.insert(0, str(SUITE.parent))
@@ -23,10 +24,10 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     """Both runs of the suite, side by side: {"plain": {scenario: result}, "patched": …}, and "folder"."""
     processes = {}
     folders = {}
-    for port, variant in ((29611, "plain"), (29612, "patched")):
+    for variant in ("plain", "patched"):
         folders[variant] = tmp_path_factory.mktemp(variant)
         log = (folders[variant] / "log.txt").open("w")
-        environment = {**os.environ, "MASTER_PORT": str(port), "VLLM_LOGGING_LEVEL": "WARNING"}
+        environment = {**os.environ, "MASTER_PORT": str(free_port()), "VLLM_LOGGING_LEVEL": "WARNING"}
         command = [sys.executable, str(SUITE), variant, str(folders[variant])]
         processes[variant] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     results: dict[str, dict[str, Any]] = {}
