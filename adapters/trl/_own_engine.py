@@ -69,11 +69,11 @@ class TrainerView:
 
 def _build(context: Context, wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``LLM(…)`` in a trainer's ``__init__``."""
-    from rlpatch import phases
-
     trainer = _constructing.get()
     if trainer is None or getattr(trainer, "model", None) is None:
         return wrapped(*args, **kwargs)
+    from rlpatch import phases
+
     view = TrainerView(trainer, kwargs)
     loaded = phases.of_trainer(trainer.model)
     if loaded is not None:
