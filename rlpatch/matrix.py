@@ -55,6 +55,7 @@ SCHEMA: dict[str, Any] = {
                     "ci": {"type": "boolean"},
                     "extra": {"type": "array", "items": _TEXT},
                     "tests": {"type": "array", "items": _TEXT},
+                    "alone": {"type": "array", "items": _TEXT},
                     "date": _TEXT,
                     "why": _TEXT,
                     "note": _TEXT,
@@ -102,6 +103,7 @@ class Pair:
         ci: Whether tox gets an environment for it.
         extra: Further requirements of that environment.
         tests: What pytest runs there; empty: everything.
+        alone: What it runs besides, each in a process of its own.
         date: When it was last run (``YYYY-MM-DD`` or ``YYYY-MM``), or None.
         why: What is broken; set whenever `checked` is ``broken``.
         note: What was run or read.
@@ -117,6 +119,7 @@ class Pair:
     ci: bool = False
     extra: Sequence[str] = ()
     tests: Sequence[str] = ()
+    alone: Sequence[str] = ()
     date: str | None = None
     why: str | None = None
     note: str | None = None
@@ -425,7 +428,7 @@ deps =
     trl=={pair.trl}
     transformers{transformers}
     {others}
-commands = pytest {{posargs:{tests}}}
+commands = {commands}
 """
 
 
@@ -435,9 +438,10 @@ def tox_ini(matrix: Matrix) -> str:
     text = _HEADER + _TOX.format(environments=", ".join(names))
     for pair in matrix.ci:
         others = "\n    ".join(("accelerate", "datasets", "peft", *pair.extra))
-        tests = " ".join(pair.tests or ("tests/unit", "tests/cpu"))
+        first = f"pytest {{posargs:{' '.join(pair.tests or ('tests/unit', 'tests/cpu'))}}}"
+        commands = "\n    ".join(("", first, *(f"pytest {path}" for path in pair.alone)) if pair.alone else (first,))
         text += _TOX_PAIR.format(
-            name=pair.environment, pair=pair, transformers=pair.transformers or "", others=others, tests=tests
+            name=pair.environment, pair=pair, transformers=pair.transformers or "", others=others, commands=commands
         )
     return text
 
