@@ -10,7 +10,7 @@ Each weight has a checksum (`checksum`), taken by the fold and compared by the u
 factor is odd, so that any single changed element is certain to be noticed.
 
 Two implementations do the passes: `TorchPasses`, for CPU and whatever Triton lacks, and
-`rlpatch.lora.fold_kernel.TritonPasses`, one kernel launch per weight and direction.
+`rlpatch.lora.fold_kernel.TritonPasses`, one kernel launch per shape of weight and direction.
 """
 
 from __future__ import annotations
