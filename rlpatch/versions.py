@@ -140,3 +140,10 @@ def environment_flag(name: str) -> bool | None:
     if text in ("0", "false", "no", "off"):
         return False
     raise UsageError(f"{name}={os.environ[name]!r} is neither yes nor no; set it to 1 or 0, or unset it")
+
+
+def dtype_argument() -> str:
+    """What ``from_pretrained`` calls the dtype: ``dtype``, or ``torch_dtype`` in transformers before 4.56."""
+    from transformers import PretrainedConfig
+
+    return "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"

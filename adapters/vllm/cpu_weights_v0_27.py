@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlpatch.adapters.vllm._cpu_linear import LINEAR, UNPACKED_LINEAR
-from rlpatch.adapters.vllm._platform import only_on_cpu
+from rlpatch.adapters.vllm._platform import has, only_on_cpu
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
@@ -42,9 +42,7 @@ def _patches(context: Context) -> list[Patch]:
 
 
 def _probe() -> str | None:
-    import importlib.util
-
-    return None if importlib.util.find_spec(_EXPERTS) else f"{_EXPERTS} is gone (experts moved)"
+    return None if has(_EXPERTS) else f"{_EXPERTS} is gone (experts moved)"
 
 
 ADAPTER = Adapter(

@@ -18,6 +18,7 @@ from typing import Any
 
 import rlpatch
 from rlpatch.patching import Patch, PatchSet
+from rlpatch.versions import dtype_argument
 
 METRICS = {
     "loss": "loss",
@@ -140,7 +141,7 @@ def make_trainer(job: Job) -> Any:
         set_seed(job.seed)
         model: Any = job.model
         if not job.from_path:
-            model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
+            model = AutoModelForCausalLM.from_pretrained(job.model, **{dtype_argument(): getattr(torch, job.dtype)})
         import trl
 
         kind = {"grpo": "GRPO", "rloo": "RLOO"}[job.trainer]

