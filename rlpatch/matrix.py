@@ -478,7 +478,7 @@ def support_table(matrix: Matrix) -> str:
     lines = ["| vLLM | TRL | plain TRL | with rlpatch | CI | with; what was done |", "|---|---|---|---|---|---|"]
     for pair in matrix.pairs:
         needs = ", ".join(f"{name} {text}" for name in ("torch", "transformers") if (text := getattr(pair, name)))
-        remark = "; ".join(filter(None, (f"`{needs}`" if needs else "", pair.why or pair.note, pair.date)))
+        remark = "; ".join(filter(None, (f"`{needs}`" if needs else "", pair.note, pair.why, pair.date)))
         cells = (pair.vllm, pair.trl, words[pair.checked], words[pair.rlpatch], "yes" if pair.ci else "", remark)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
@@ -551,7 +551,8 @@ def _show(matrix: Matrix) -> None:
     for pair in matrix.pairs:
         kinds = [f"[{styles[kind]}]{kind}[/]" for kind in (pair.checked, pair.rlpatch)]
         needs = [f"{name} {text}" for name in ("torch", "transformers") if (text := getattr(pair, name))]
-        remark = " ".join(filter(None, (pair.why or pair.note, f"({pair.date})" if pair.date else "")))
+        said = "; ".join(filter(None, (pair.note, pair.why)))
+        remark = " ".join(filter(None, (said, f"({pair.date})" if pair.date else "")))
         table.add_row(pair.vllm, pair.trl, *kinds, "yes" if pair.ci else "", "; ".join([", ".join(needs), remark]))
     console = Console()
     console.print(table)
