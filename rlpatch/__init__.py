@@ -29,6 +29,7 @@ def apply(
     defaults: bool | Iterable[str] | str | None = None,
     lora: str | None = None,
     precision: str | None = None,
+    compile: str | None = None,
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str | None = None,
     strict: bool | None = None,
@@ -50,6 +51,10 @@ def apply(
             base frozen under adapters needs none, and whatever the script chose itself (a model object, a ``dtype``)
             stays. ``"masters"``: this for objects and given dtypes, too, and an error where it is not possible.
             ``"as-is"``: TRL's precision. None: ``RLPATCH_PRECISION``, then ``"auto"``.
+        compile: How the engine is compiled, warmed up and captured: ``"default"`` leaves vLLM alone, ``"fast-start"`` and
+            ``"throughput"`` are sets of the settings in docs/compilation.md, which can also be named one by one
+            (``"workers,capture-sizes"``). What the script gives the engine itself wins. None: ``RLPATCH_COMPILE``, then
+            ``"default"``.
         include: Only these capabilities (names as in `status`). None: ``RLPATCH_INCLUDE`` (comma-separated), then all.
         exclude: Never these. None: ``RLPATCH_EXCLUDE``.
         strict: Releases that no adapter serves are an error. None: ``RLPATCH_STRICT``, then False (a warning).
@@ -69,6 +74,7 @@ def apply(
         defaults=defaults,
         lora=lora,
         precision=precision,
+        compile=compile,
         include=include,
         exclude=exclude,
         strict=strict,

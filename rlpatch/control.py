@@ -102,8 +102,9 @@ def apply(**arguments: Any) -> Report:
             revert()
         chosen = NAMES if settings.defaults is True else settings.defaults or ()
         context = Context(
-            settings.wants("standby"), settings.wants("share_weights"), settings.lora, chosen, settings.precision
-        )
+            settings.wants("standby"), settings.wants("share_weights"), settings.lora, chosen, settings.precision,
+            settings.compile,
+        )  # fmt: skip
         run = _Run(settings, context)
         try:
             for capability, library in known.items():
@@ -296,7 +297,7 @@ def status() -> Report:
 def patched(**settings: Any) -> Iterator[Report]:
     """See `rlpatch.patched`."""
     arguments = dict.fromkeys(
-        ("standby", "share_weights", "defaults", "lora", "precision", "include", "exclude", "strict")
+        ("standby", "share_weights", "defaults", "lora", "precision", "compile", "include", "exclude", "strict")
     )
     unknown = set(settings) - set(arguments)
     if unknown:

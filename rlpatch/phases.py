@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from rlpatch.agreement import Agreement
+from rlpatch.compilation.build import Compilation, decide
+from rlpatch.compilation.profiles import named
 from rlpatch.engine import Engine
 from rlpatch.errors import StandbyError, UsageError
 from rlpatch.lora.policy import (
@@ -111,6 +113,7 @@ class Colocation:
         lora: How they reach the engine.
         policy: Puts them in place around each rollout; None without adapters, and where TRL merges.
         agreement: How far trainer and rollouts differ in their log-probs.
+        compilation: The compile settings of its engine, or None when vLLM was left alone.
         replaced: Tensors whose trained copy (``modules_to_save``) has taken the original's place in the engine.
     """
 
@@ -134,6 +137,7 @@ class Colocation:
     agreement: Agreement = field(default_factory=Agreement)
     replaced: tuple[str, ...] = ()
     number: int = 0
+    compilation: Compilation | None = None
     _rolling: bool = False
     _instead: Adaptation | None = None
     _guest_fold: FoldPolicy | None = None
@@ -440,6 +444,23 @@ class Colocation:
             finally:
                 self._crowded = None
 
+    @contextlib.contextmanager
+    def compiling(self, arguments: dict[str, Any]) -> Iterator[None]:
+        """Around the engine's constructor, whose `arguments` get what the compile settings change.
+
+        Raises:
+            UsageError: the given ``compilation_config`` has an unknown field (see `rlpatch.compilation.build.decide`).
+        """
+        dialect = self.context.providers.get("compile")
+        if dialect is None:
+            yield
+            return
+        name = self.context.compile
+        self.compilation = decide(name, named(name, "compile"), dialect, arguments)
+        arguments.update(self.compilation.arguments)
+        with self.compilation.in_force():
+            yield
+
     def loading(self) -> Sharing | None:
         """Called by the loader: the `Sharing` to fill the engine with, or None to load as usual."""
         if self.refusal is not None:
@@ -458,6 +479,8 @@ class Colocation:
         """Called when the engine is complete: verify what is shared, say so once, release the KV cache."""
         self.engine = Engine(llm)
         _live.add(self)
+        if self.compilation is not None:
+            self.compilation.settled(llm.llm_engine.vllm_config.compilation_config)
         if self.sharing is not None:
             self.sharing.verify()
             if not self.sharing.shared:
@@ -669,6 +692,7 @@ class Colocation:
                 "kv_bytes_resident": self.standby.mechanism.resident_bytes(),
             },
             "no standby": self.standby_refusal,
+            "compile": self.compilation.describe() if self.compilation is not None else None,
             "agreement": self.agreement.describe(),
             "seconds": dict(self.seconds),
         }  # fmt: skip

@@ -81,6 +81,7 @@ class Context:
         lora: How a LoRA shall reach the engine (see `rlpatch.apply`).
         defaults: Which config defaults are wanted (see `rlpatch.config.defaults.NAMES`).
         precision: Of the trainer's weights (see `rlpatch.apply`).
+        compile: How the engine is compiled and warmed up (see `rlpatch.apply`).
         providers: capability -> the chosen adapter's `provides` (filled as capabilities resolve).
         reasons: capability -> why it has none, in words.
     """
@@ -90,6 +91,7 @@ class Context:
     lora: str = "auto"
     defaults: tuple[str, ...] = ()
     precision: str = "auto"
+    compile: str = "default"
     providers: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 

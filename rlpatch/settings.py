@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rlpatch.compilation import profiles
 from rlpatch.errors import UsageError
 from rlpatch.versions import environment_flag
 
@@ -24,6 +25,7 @@ class Settings:
             True for all of them.
         lora: How a LoRA reaches the engine: ``"auto"``, ``"fold"``, ``"slots"`` or ``"merge"`` (TRL's way).
         precision: Of the trainer's weights: ``"auto"``, ``"masters"`` or ``"as-is"`` (TRL's).
+        compile: A compile profile, or compile settings with commas between (see `rlpatch.compilation.profiles`).
         include: Only these capabilities, or None for all.
         exclude: Never these capabilities.
         strict: An unsupported release is an error instead of a warning.
@@ -35,6 +37,7 @@ class Settings:
     defaults: bool | tuple[str, ...] = True
     lora: str = "auto"
     precision: str = "auto"
+    compile: str = "default"
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -47,7 +50,7 @@ class Settings:
         narrow = self.precision != "as-is"
         switches = {
             "standby": self.standby, "share_weights": self.share_weights, "defaults": bool(self.defaults),
-            "precision": narrow, "master_weights": narrow,
+            "precision": narrow, "master_weights": narrow, "compile": self.compile != "default",
         }  # fmt: skip
         return switches.get(capability, True)
 
@@ -73,6 +76,7 @@ def resolve(
     defaults: bool | Iterable[str] | str | None,
     lora: str | None,
     precision: str | None = None,
+    compile: str | None = None,
     include: Iterable[str] | str | None,
     exclude: Iterable[str] | str | None,
     strict: bool | None,
@@ -138,6 +142,18 @@ def resolve(
             return candidate
         return options[0]
 
+    def compile_settings(value: str | None) -> str:
+        variable = "RLPATCH_COMPILE"
+        origin = f"apply(compile={value!r})" if value is not None else f"{variable}={os.environ.get(variable)}"
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"{origin}: expected a profile or names of settings, as text")
+        given = value if value is not None else os.environ.get(variable)
+        if not given and value is None:
+            return "default"
+        explicit.add("compile")
+        settings = profiles.named(given or "", origin)
+        return given if given in profiles.PROFILES else ",".join(settings)
+
     included, excluded = names("include", include), names("exclude", exclude) or ()
     both = set(included or ()) & set(excluded)
     if both:
@@ -148,6 +164,7 @@ def resolve(
         defaults=some("defaults", defaults),
         lora=one_of("lora", lora, LORA_MODES),
         precision=one_of("precision", precision, PRECISIONS),
+        compile=compile_settings(compile),
         include=included,
         exclude=excluded,
         strict=flag("strict", strict, False),

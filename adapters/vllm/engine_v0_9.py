@@ -36,7 +36,8 @@ def _init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
         pair.wants_standby or pair.upstream_sleep
     ) and current_platform.is_sleep_mode_available()
     kwargs.update(pair.engine_arguments())
-    wrapped(*args, **kwargs)
+    with pair.compiling(kwargs):
+        wrapped(*args, **kwargs)
     pair.joined(instance)
     return None
 

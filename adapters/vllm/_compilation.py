@@ -1,0 +1,154 @@
+"""What the eras of vLLM's ``CompilationConfig`` have in common, term by term; an era's file says which terms it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlpatch.compilation.dialect import Changes, Dialect, Surface
+from rlpatch.relies import Relies
+
+
+def surface() -> Surface:
+    """The installed vLLM's names. ``LLM.__init__`` hands what it does not know to ``EngineArgs``."""
+    from vllm import LLM, envs
+    from vllm.config import CompilationConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {field.name for field in dataclasses.fields(EngineArgs)}
+    arguments |= set(inspect.signature(LLM.__init__).parameters)
+    return Surface(
+        CompilationConfig,
+        frozenset(arguments),
+        frozenset(envs.environment_variables),
+        # ``enable_envs_cache()``, after the first engine of a process (0.11.1 and later)
+        hasattr(envs.__getattr__, "cache_clear"),
+    )
+
+
+def capture_sizes(value: list[int]) -> Changes:
+    return Changes(config={"cudagraph_capture_sizes": list(value)})
+
+
+def graphs_without_adapter(value: bool) -> Changes:
+    return Changes(config={"cudagraph_specialize_lora": value})
+
+
+def combo_kernels(value: bool) -> Changes:
+    return Changes(inductor={"combo_kernels": value})
+
+
+def combo_benchmark(value: bool) -> Changes:
+    return Changes(inductor={"benchmark_combo_kernel": value})
+
+
+def uncompiled(value: bool) -> Changes:
+    """``mode`` NONE with ``cudagraph_mode`` FULL_DECODE_ONLY: full graphs need no compilation."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    assert not value
+    return Changes(config={"mode": CompilationMode.NONE, "cudagraph_mode": CUDAGraphMode.FULL_DECODE_ONLY})
+
+
+def eager_backend(value: bool) -> Changes:
+    """``VllmBackend`` with ``EagerAdaptor`` in Inductor's place; vLLM's own kernels are then switched on."""
+    assert not value
+    return Changes(config={"backend": "eager"})
+
+
+def static_sizes(value: list[int]) -> Changes:
+    """``compiler_interface.set_inductor_config`` autotunes single sizes unless these variables say no."""
+    off = {
+        "VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE": "0",
+        "VLLM_ENABLE_INDUCTOR_COORDINATE_DESCENT_TUNING": "0",
+    }
+    return Changes(config={"compile_sizes": list(value)}, environment=off)
+
+
+def aot(value: bool) -> Changes:
+    return Changes(environment={"VLLM_USE_AOT_COMPILE": str(int(value))})
+
+
+def whole_artifact(value: bool) -> Changes:
+    return Changes(environment={"VLLM_USE_MEGA_AOT_ARTIFACT": str(int(value))})
+
+
+def optimization(value: int) -> Changes:
+    return Changes(arguments={"optimization_level": value})
+
+
+def kernel_autotune(value: bool) -> Changes:
+    """The argument and the field of ``kernel_config`` exclude each other."""
+    return Changes(arguments={"enable_flashinfer_autotune": value}, unless=("kernel_config",))
+
+
+def memory_plan(value: bool) -> Changes:
+    return Changes(environment={"VLLM_ENABLE_STARTUP_PLAN": str(int(value))})
+
+
+Terms = Mapping[str, Callable[[Any], Changes]]
+
+# Values for which a term's names are looked up; any will do.
+_SAMPLES: dict[str, Any] = {"capture sizes": [1], "static sizes": [1], "optimization": 1}
+
+NO_LORA_GRAPHS = "this vLLM captures one set of CUDA graphs, with or without adapters"
+NO_AUTOTUNE = "this vLLM has no switch for it"
+NO_COMBO = "this vLLM uses no combo kernels"
+NO_AOT = "this vLLM does not cache what Dynamo traced"
+NO_PLAN = "this vLLM remembers no memory plan"
+NO_LEVELS = "this vLLM has no optimization levels that leave the rest alone"
+
+
+def probe(terms: Terms) -> Callable[[], str | None]:
+    """A probe that looks for every name that `terms` come down to."""
+
+    def missing() -> str | None:
+        found = surface()
+        fields = {field.name for field in dataclasses.fields(found.config)}  # type: ignore[arg-type]
+        for term, translate in terms.items():
+            try:
+                change = translate(_SAMPLES.get(term, False))
+            except ImportError as error:
+                return f"{term}: {error}"
+            for names, known in (
+                (change.config, fields), (change.arguments, found.arguments), (change.environment, found.variables),
+            ):  # fmt: skip
+                for name in names:
+                    if name not in known:
+                        return f"{term}: vLLM has no {name}"
+        return None
+
+    return missing
+
+
+def dialect(terms: Terms, **lacks: str) -> Dialect:
+    """`lacks`: term, with underscores for spaces -> why these releases have nothing of the kind."""
+    return Dialect(surface, terms, {term.replace("_", " "): why for term, why in lacks.items()})
+
+
+def relies(
+    *, fields: tuple[str, ...] = (), arguments: tuple[str, ...] = (), variables: tuple[str, ...] = (),
+    others: tuple[Relies, ...] = (),
+) -> tuple[Relies, ...]:  # fmt: skip
+    """Declarations for an era's fields, engine arguments and variables."""
+    found = [Relies("vllm.config:CompilationConfig", parameters=("inductor_compile_config", *fields))]
+    if arguments:
+        found.append(Relies("vllm.engine.arg_utils:EngineArgs", parameters=arguments))
+    found += [Relies(f"vllm.envs:{variable}") for variable in variables]
+    found += [Relies("vllm.envs:environment_variables"), Relies("vllm.config:VllmConfig.compilation_config")]
+    return (*found, PINNED, INSTANCE, *others)
+
+
+AUTOTUNE_VARIABLES = ("VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE", "VLLM_ENABLE_INDUCTOR_COORDINATE_DESCENT_TUNING")
+# Pinned to one: the variable when vLLM is imported
+PINNED = Relies("vllm.env_override", contains=("os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '1'",))
+# A dictionary's unknown keys are filtered out, an instance is taken as it is.
+INSTANCE = Relies(
+    "vllm.entrypoints.llm:LLM.__init__",
+    contains=("compilation_config_instance = compilation_config",),
+    otherwise=(
+        Relies("vllm.entrypoints.llm:LLM.__init__", contains=("_make_config(compilation_config, CompilationConfig)",)),
+    ),
+)
