@@ -25,6 +25,7 @@ from packaging.version import Version
 
 import rlpatch
 from rlpatch import control, registry, versions
+from rlpatch.compilation import profiles
 from rlpatch.config.defaults import NAMES
 from rlpatch.errors import RlpatchError, UsageError
 from rlpatch.registry import Outcome, State
@@ -344,6 +345,7 @@ def _settings(diagnosis: Diagnosis) -> Iterable[Finding]:
         _resolve(standby=True, share_weights=True, strict=False)
     except UsageError as error:
         yield _refused(error)
+    yield from _compile_setting()
     alias = os.environ.get("UNSLOTH_VLLM_STANDBY")
     if alias and not unusable:
         overruled = bool(os.environ.get("RLPATCH_STANDBY"))
@@ -353,6 +355,29 @@ def _settings(diagnosis: Diagnosis) -> Iterable[Finding]:
             f"Standby is {'on' if _resolve().standby else 'off'} unless apply(standby=…) says otherwise.",
             "nothing to do",
         )
+
+
+def _compile_setting() -> Iterable[Finding]:
+    """Which profile is wanted, and what became of it in the engines of this process."""
+    context = control.context()
+    name = context.compile if context is not None else os.environ.get("RLPATCH_COMPILE", "default")
+    origin = "apply(compile=…)" if context is not None else "RLPATCH_COMPILE"
+    try:
+        settings = profiles.named(name, origin)
+    except UsageError:  # told above
+        return
+    if not settings:
+        return
+    phases = sys.modules.get("rlpatch.phases")
+    engines = [pair.compilation for pair in (phases.live() if phases is not None else ()) if pair.compilation]
+    wanted = "; ".join(f"{setting}: {profiles.SETTINGS[setting].text}" for setting in settings)
+    yield Finding(
+        "info",
+        f"{origin} is {name}",
+        "; ".join(map(str, engines)) or wanted,
+        "nothing to do; compile='default' leaves vLLM alone",
+        "docs/compilation.md",
+    )
 
 
 def _refused(error: UsageError) -> Finding:

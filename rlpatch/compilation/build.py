@@ -166,7 +166,10 @@ def decide(name: str, names: tuple[str, ...], dialect: Dialect, given: Mapping[s
             continue
         if "workers" in wanted:
             made.workers = wanted["workers"]
-            made.acted.append(Entry(setting, "compile_threads", "1", str(made.workers)))
+            if workers.pinned():
+                made.acted.append(Entry(setting, "compile_threads", "1", str(made.workers)))
+            else:  # there are several; they are only started sooner
+                made.acted.append(Entry(setting, "compile processes start", "when first needed", "with the engine"))
         for change in changes:
             if (change.config or change.inductor) and plain is None:
                 plain = surface.config()

@@ -30,39 +30,52 @@ def cores() -> int:
 
 
 def refusal() -> str | None:
-    """Why the number of workers is left as it is, or None."""
+    """Why no workers are started and their number is left as it is, or None."""
+    import torch
     import torch._inductor.config as config
 
-    threads: Any = config.compile_threads
-    if threads not in (None, 1):  # set after vLLM's import, or Inductor was imported before
-        return f"torch._inductor.config.compile_threads is {threads} already"
     if config.worker_start_method != "subprocess":
         return (
             f"its processes start by {config.worker_start_method}, which is not safe beside CUDA "
             "(TORCHINDUCTOR_WORKER_START)"
         )
-    return None
+    if pinned() or torch.cuda.is_available():
+        return None
+    return f"torch._inductor.config.compile_threads is {config.compile_threads} already"
+
+
+def pinned() -> bool:
+    """Whether vLLM's pin is in force. From 0.20 on it is the variable alone, which Inductor no longer reads when something
+    has imported it before vLLM; then the number is torch's own (one per core, up to 32), or whatever the script set."""
+    import torch._inductor.config as config
+
+    threads: Any = config.compile_threads
+    return threads in (None, 1)
 
 
 @contextlib.contextmanager
 def compile_workers(count: int) -> Iterator[None]:
-    """`count` workers inside; afterwards the number that was, and no process that was not there before."""
+    """`count` workers inside, if vLLM's pin was in force; their number and the pool are as before afterwards.
+
+    On a GPU the pool is started at once: its processes take seconds to import torch, and until they are ready Inductor
+    compiles in this process. So they get ready while the weights are loaded and Dynamo traces.
+    """
     import torch
     import torch._inductor.config as config
     from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
 
     before: Any = config.compile_threads
+    raised = pinned()
     had_pool = AsyncCompile.process_pool.cache_info().currsize > 0
-    config.compile_threads = count
+    if raised:
+        config.compile_threads = count
     try:
         if torch.cuda.is_available():
-            # They take seconds to import torch. Until they are ready Inductor compiles in this process: start them now,
-            # while the weights are loaded and Dynamo traces.
             AsyncCompile.use_process_pool()
         yield
     finally:
         config.compile_threads = before
-        if not had_pool and AsyncCompile.process_pool.cache_info().currsize > 0:
+        if raised and not had_pool and AsyncCompile.process_pool.cache_info().currsize > 0:
             try:
                 shutdown_compile_workers()
             except Exception as error:  # they are idle and end with this process

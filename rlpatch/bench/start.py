@@ -1,0 +1,282 @@
+"""One engine start in a process of its own, for ``python -m rlpatch.bench.compile``: a JSON job in, JSON lines out.
+
+The engine is built by `rlpatch.load`, out of the trainer's memory, and its constructor is timed. Phases, each wrapped where
+vLLM passes through, a phase's seconds without those of the phases inside of it::
+
+    engine start          vllm.LLM.__init__ (what is left over: tokenizer, config, process groups, KV cache)
+    ├─ weights            BaseModelLoader.load_model (building the model and filling it from the trainer)
+    ├─ profile            Worker.determine_available_memory: the largest batch, once
+    │  ├─ dynamo          tracing the model (TorchCompileWithNoGuardsWrapper.aot_compile; else within profile)
+    │  ├─ backend         VllmBackend.__call__: splitting the graph, vLLM's passes
+    │  ├─ inductor        InductorStandaloneAdaptor.compile, InductorAdaptor.compile
+    │  ├─ cache           the same classes' load
+    │  └─ graph estimate  profile_cudagraph_memory: a few graphs captured and dropped
+    └─ warm-up            Worker.compile_or_warm_up_model
+       ├─ kernels         kernel_warmup
+       │  └─ autotune     flashinfer_autotune
+       ├─ dummy rollout   warmup_kernels (Model Runner V2)
+       └─ capture         capture_model
+
+Beside them stand torch's own compile timers (`torch._dynamo.utils.compilation_time_metrics`), which overlap.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlpatch.bench.run import BenchJob, is_out_of_memory
+
+START = "engine start"
+ESTIMATE = "graph estimate"
+CAPTURE = "capture"
+OTHER = "other"
+PHASES = (
+    "weights", "profile", "dynamo", "backend", "inductor", "cache", ESTIMATE, "warm-up", "kernels", "autotune",
+    "dummy rollout", CAPTURE,
+)  # fmt: skip
+_GPU = "vllm.v1.worker.gpu_worker"
+_CPU = "vllm.v1.worker.cpu_worker"
+_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+_ADAPTORS = ("InductorStandaloneAdaptor", "InductorAdaptor")
+TARGETS: tuple[tuple[str, str, str], ...] = (
+    ("weights", "vllm.model_executor.model_loader.base_loader", "BaseModelLoader.load_model"),
+    ("profile", _GPU, "Worker.determine_available_memory"),
+    ("profile", _CPU, "CPUWorker.determine_available_memory"),
+    ("dynamo", "vllm.compilation.wrapper", "TorchCompileWithNoGuardsWrapper.aot_compile"),
+    ("backend", "vllm.compilation.backends", "VllmBackend.__call__"),
+    *(("inductor", "vllm.compilation.compiler_interface", f"{name}.compile") for name in _ADAPTORS),
+    *(("cache", "vllm.compilation.compiler_interface", f"{name}.load") for name in _ADAPTORS),
+    *((ESTIMATE, runner, "GPUModelRunner.profile_cudagraph_memory") for runner in _RUNNERS),
+    ("warm-up", _GPU, "Worker.compile_or_warm_up_model"),
+    ("warm-up", _CPU, "CPUWorker.compile_or_warm_up_model"),
+    ("kernels", _GPU, "kernel_warmup"),
+    ("autotune", "vllm.model_executor.warmup.kernel_warmup", "flashinfer_autotune"),
+    ("dummy rollout", _GPU, "warmup_kernels"),
+    *((CAPTURE, runner, "GPUModelRunner.capture_model") for runner in _RUNNERS),
+)
+GREEDY = 16  # tokens of each of two prompts, to compare settings by
+
+
+@dataclass
+class StartJob(BenchJob):
+    """What one process measures; of `BenchJob` it uses the model, the engine's size, `lora` (slots of that rank), `eager`.
+
+    Attributes:
+        caches: Folder for vLLM's, Inductor's and Triton's caches; an empty one makes the start a cold one.
+        sequences: Sequences per rollout, each measured.
+        lengths: Completion tokens per sequence, each measured; none: the start alone is.
+        max_num_seqs: The engine's, as a trainer's batch would set it.
+        rollouts: Rollouts of each size; the median counts.
+    """
+
+    caches: str = ""
+    sequences: tuple[int, ...] = (8,)
+    lengths: tuple[int, ...] = (256,)
+    max_num_seqs: int = 8
+    rollouts: int = 2
+
+
+def use_caches(folder: str) -> None:
+    """Point every cache of compiled code into `folder`; before torch and vLLM are imported."""
+    for variable, name in (
+        ("VLLM_CACHE_ROOT", "vllm"), ("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"),
+    ):  # fmt: skip
+        os.environ[variable] = str(Path(folder, name))
+
+
+class Start:
+    """One job, measured. `stage` says what it was doing when it failed."""
+
+    def __init__(self, job: StartJob, emit: Any) -> None:
+        from rlpatch.bench.memory_watch import Clock
+
+        self.job, self.emit = job, emit
+        self.clock = Clock()  # a start is the host's work; waiting for the device would add to it
+        self.stage = "import"
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Build the engine, roll out; the result as plain data."""
+        import torch
+
+        import rlpatch
+
+        job, cuda = self.job, torch.cuda.is_available()
+        began = time.perf_counter()
+        rlpatch.apply(compile=job.variant, defaults=False, lora="slots" if job.lora else None)
+        import vllm.entrypoints.llm  # noqa: F401
+
+        self.seconds["import"] = time.perf_counter() - began
+        missing = self._watch()
+        self._enter("load")
+        began = time.perf_counter()
+        engine: dict[str, Any] = {"max_num_seqs": job.max_num_seqs, "enforce_eager": job.eager}
+        if job.kv_bytes:
+            engine["kv_cache_memory_bytes"] = job.kv_bytes
+        model, tokenizer = rlpatch.load(
+            job.model,
+            max_seq_length=-(-(job.prompt_tokens + 16 + max((*job.lengths, GREEDY))) // 16) * 16,
+            max_lora_rank=job.lora or 64,
+            gpu_memory_utilization=job.utilization,
+            dtype="bfloat16" if cuda else "float32",
+            **engine,
+        )
+        self.seconds["load"] = time.perf_counter() - began
+        if job.lora:
+            import peft
+
+            model = peft.get_peft_model(
+                model, peft.LoraConfig(r=job.lora, target_modules="all-linear", task_type="CAUSAL_LM")
+            )
+        phases = self._phases()
+        timers = _compile_timers()
+        self._enter("rollout")
+        rollouts = self._rollouts(model, tokenizer)
+        from rlpatch.versions import installed
+
+        (pair,) = rlpatch.status().pairs
+        return {
+            "job": asdict(job),
+            "device": torch.cuda.get_device_name() if cuda else "CPU",
+            "versions": {n: str(installed(n).version) for n in ("vllm", "torch", "triton")},
+            "seconds": self.seconds,
+            "phases": phases,
+            "not_timed": missing,
+            "torch_timers": timers,
+            "compile": pair["compile"],
+            "outcome": rlpatch.status()["compile"].as_dict(),
+            "cache_bytes": sum(path.stat().st_size for path in Path(job.caches).rglob("*") if path.is_file()),
+            **rollouts,
+        }
+
+    def _enter(self, stage: str) -> None:
+        self.stage = stage
+        self.emit("stage", stage)
+
+    def _watch(self) -> list[str]:
+        """Wrap `TARGETS` and the constructor; returns those that this vLLM does not have."""
+        from rlpatch.patching import Patch, PatchSet
+
+        patches, missing = [], []
+        for phase, module, path in TARGETS:
+            try:
+                found: Any = importlib.import_module(module)
+                for part in path.split("."):
+                    found = getattr(found, part)
+            except Exception:  # absent in this release, or its imports are on this platform
+                missing.append(f"{phase}: {module}:{path}")
+                continue
+            patches.append(Patch(module, path, self._phase(phase)))
+        patches.append(Patch("vllm.entrypoints.llm", "LLM.__init__", self._start))
+        PatchSet("start clock", patches).apply()
+        return missing
+
+    def _phase(self, name: str) -> Any:
+        def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if name == CAPTURE and self.clock.innermost == ESTIMATE:
+                return wrapped(*args, **kwargs)
+            with self.clock.phase(name):
+                return wrapped(*args, **kwargs)
+
+        return wrapper
+
+    def _start(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._enter(START)
+        began = time.perf_counter()
+        with self.clock.phase(START):
+            result = wrapped(*args, **kwargs)
+        self.seconds[START] = time.perf_counter() - began
+        return result
+
+    def _phases(self) -> dict[str, float]:
+        own = self.clock.seconds(self.clock.step)
+        found = {name: own[name] for name in PHASES if name in own}
+        found[OTHER] = own.get(START, 0.0)
+        return found
+
+    def _rollouts(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        import torch
+        from vllm import SamplingParams
+
+        from rlpatch.bench.run import make_prompts
+
+        job = self.job
+        texts, _ = make_prompts(tokenizer, job.prompt_tokens, max((*job.sequences, 2)))
+        prompts = [{"prompt_token_ids": tokenizer(text)["input_ids"]} for text in texts]
+
+        def roll(count: int, tokens: int, temperature: float) -> tuple[float, list[list[int]]]:
+            settings = SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True, seed=job.seed)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            outputs = model.fast_generate(prompts[:count], settings, use_tqdm=False)
+            seconds = time.perf_counter() - began  # tokens are on the host: the device is done
+            return seconds, [list(output.outputs[0].token_ids) for output in outputs]
+
+        first, greedy = roll(2, GREEDY, 0.0)  # pays for kernels that nobody warmed up
+        sizes = []
+        for count in job.sequences:
+            for length in job.lengths:
+                self.emit("stage", f"{count} × {length} tokens")
+                roll(count, min(length, GREEDY), 1.0)
+                runs = [roll(count, length, 1.0) for _ in range(job.rollouts)]
+                rates = [sum(map(len, tokens)) / seconds for seconds, tokens in runs]
+                sizes.append({
+                    "sequences": count, "tokens": length, "seconds": [seconds for seconds, _ in runs],
+                    "tokens_per_second": statistics.median(rates),
+                })  # fmt: skip
+        return {"first_rollout_seconds": first, "greedy": greedy, "rollouts": sizes}
+
+
+def _compile_timers() -> dict[str, float]:
+    """Seconds that torch itself counted while compiling; inner ones are part of outer ones."""
+    from torch._dynamo import utils
+
+    metrics: Any = getattr(utils, "compilation_time_metrics", {})
+    sums = {name: float(sum(values)) for name, values in metrics.items()}
+    return {name: seconds for name, seconds in sorted(sums.items(), key=lambda one: -one[1]) if seconds >= 0.05}
+
+
+def main() -> int:
+    """Read a job, print JSON lines: ``stage``, then ``result`` or ``error``."""
+    out = sys.stdout
+    sys.stdout = sys.stderr  # libraries print; the lines below are for the parent
+    read = json.load(sys.stdin)
+    given: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
+    job = StartJob(**given)
+    use_caches(job.caches)
+
+    def emit(kind: str, value: Any) -> None:
+        print(json.dumps({kind: value}), file=out, flush=True)
+
+    start: Start | None = None
+    try:
+        start = Start(job, emit)
+        emit("result", start.run())
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {error}"
+        emit("error", {
+            "text": text[:2000],
+            "stage": start.stage if start else "import",
+            "phase": start.clock.failed_in if start else None,
+            "out_of_memory": is_out_of_memory(text) or isinstance(error, MemoryError),
+        })  # fmt: skip
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # interpreter shutdown of a colocated engine can hang in NCCL; everything is written already

@@ -1,0 +1,384 @@
+"""Compile profiles: what they name, what they come down to, what is refused; against the installed CompilationConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import rlpatch
+from rlpatch import control, doctor
+from rlpatch.adapters.vllm import _compilation as era
+from rlpatch.adapters.vllm import compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_26
+from rlpatch.compilation import build, profiles, workers
+from rlpatch.compilation.dialect import Changes, Dialect, Surface
+from rlpatch.compilation.profiles import PROFILES, REFUSED, SETTINGS, Reach, capture_sizes, few_sizes, named
+from rlpatch.errors import UnsupportedError, UsageError
+
+REACH = Reach(sequences=12, lora=True, cores=4)
+
+
+@dataclass
+class Config:
+    """Stands for a release's CompilationConfig where none is installed."""
+
+    cudagraph_capture_sizes: list[int] | None = None
+    cudagraph_specialize_lora: bool = True
+    compile_sizes: list[int] | None = None
+    inductor_compile_config: dict[str, Any] = field(default_factory=dict)
+    computed: int = field(default=0, init=False)
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variables of ours or vLLM's, and workers that need no torch."""
+    for name in list(os.environ):
+        if name.startswith(("RLPATCH_COMPILE", "VLLM_USE_", "VLLM_ENABLE_INDUCTOR")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(workers, "refusal", lambda: None)
+    monkeypatch.setattr(workers, "pinned", lambda: True)
+    monkeypatch.setattr(workers, "cores", lambda: 4)
+
+
+def dialect(terms: dict[str, Callable[[Any], Changes]] | None = None, config: Any = Config, **surface: Any) -> Dialect:
+    found = Surface(
+        config,
+        surface.pop("arguments", frozenset({"enable_flashinfer_autotune", "kernel_config"})),
+        surface.pop("variables", frozenset({*era.AUTOTUNE_VARIABLES})),
+        **surface,
+    )
+    chosen = {
+        "capture sizes": era.capture_sizes,
+        "graphs without adapter": era.graphs_without_adapter,
+        "static sizes": era.static_sizes,
+        "kernel autotune": era.kernel_autotune,
+    }
+    return Dialect(lambda: found, chosen if terms is None else terms, {"memory plan": era.NO_PLAN})
+
+
+def decide(*names: str, given: dict[str, Any] | None = None, speech: Dialect | None = None) -> build.Compilation:
+    return build.decide(",".join(names), names, speech or dialect(), {"max_num_seqs": 12, **(given or {})})
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_profiles_are_settings_that_agree() -> None:
+    for name, settings in PROFILES.items():
+        assert named(name, "compile") == settings
+        if settings:
+            assert named(",".join(settings), "compile") == settings
+    assert PROFILES["default"] == ()
+    assert not set(SETTINGS) & (set(PROFILES) | set(REFUSED))
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_known_bad_settings_are_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(UsageError, match=f"'{name}' is refused: ") as caught:
+        named(f"workers,{name}", "apply(compile=…)")
+    assert REFUSED[name] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("fastest", "neither a profile"),
+        ("workers,capture_sizes", "'capture_sizes' is neither"),
+        (",", "expected a profile"),
+        ("capture-sizes,few-sizes", "contradict each other over capture sizes"),
+        ("no-combo-kernels,no-combo-benchmark", "contradict each other over combo kernels"),
+        ("decode-graphs,workers", "Inductor compiles nothing, so 'workers' has no use"),
+        ("no-inductor,static-size", "'static-size' has no use"),
+    ],
+)
+def test_names_that_cannot_be(value: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        named(value, "apply(compile=…)")
+
+
+def test_setting_of_apply_and_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = dict.fromkeys(("standby", "share_weights", "defaults", "lora", "include", "exclude"))
+
+    def resolved(value: Any = None) -> Any:
+        from rlpatch.settings import resolve
+
+        return resolve(**arguments, strict=None, compile=value, known=["compile"])
+
+    assert resolved().compile == "default" and not resolved().wants("compile")
+    assert resolved("fast-start").wants("compile") and resolved("fast-start").explicit == {"compile"}
+    assert resolved(" workers , capture-sizes").compile == "workers,capture-sizes"
+    monkeypatch.setenv("RLPATCH_COMPILE", "throughput")
+    assert resolved().compile == "throughput"
+    assert resolved("default").compile == "default"  # the argument wins
+    monkeypatch.setenv("RLPATCH_COMPILE", "max-autotune")
+    with pytest.raises(UsageError, match="RLPATCH_COMPILE=max-autotune: 'max-autotune' is refused"):
+        resolved()
+    with pytest.raises(UsageError, match="as text"):
+        resolved(True)
+    with pytest.raises(UsageError, match="expected a profile"):
+        resolved("")
+
+
+def test_apply_refuses_and_leaves_nothing() -> None:
+    with pytest.raises(UsageError, match="coordinate-descent"):
+        rlpatch.apply(compile="coordinate-descent")
+    assert control.context() is None
+
+
+def test_doctor_shows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLPATCH_COMPILE", "fast-start")
+    (finding,) = [f for f in doctor.diagnose().findings if "RLPATCH_COMPILE" in f.title]
+    assert finding.severity == "info" and "capture-sizes" in finding.detail
+    monkeypatch.setenv("RLPATCH_COMPILE", "multi-kernel")
+    found = [f for f in doctor.diagnose().findings if f.severity == "problem" and "multi-kernel" in f.detail]
+    assert found
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sequences", "ladder", "few"),
+    [
+        (1, [1], [1]),
+        (2, [1, 2], [1, 2]),
+        (8, [1, 2, 4, 8], [1, 2, 4, 8]),
+        (12, [1, 2, 4, 8, 12], [1, 2, 4, 8, 12]),
+        (64, [1, 2, 4, *range(8, 65, 8)], [1, 2, 4, 8, 16, 32, 64]),
+    ],
+)
+def test_sizes_end_with_the_full_batch(sequences: int, ladder: list[int], few: list[int]) -> None:
+    assert capture_sizes(sequences) == ladder
+    assert few_sizes(sequences) == few
+
+
+@pytest.mark.parametrize("choose", [capture_sizes, few_sizes])
+def test_every_batch_finds_a_size(choose: Callable[[int], list[int]]) -> None:
+    for sequences in (*range(1, 300), 511, 512):
+        sizes = choose(sequences)
+        assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == sequences
+        for batch in range(1, sequences + 1):
+            padded = min(size for size in sizes if size >= batch)
+            assert padded <= 2 * batch
+    assert choose(2000)[-1] == 512
+
+
+def test_settings_say_why_they_have_no_use() -> None:
+    nothing = Reach(sequences=None, lora=False, cores=1)
+    for name in ("workers", "capture-sizes", "few-sizes", "static-size", "lora-graphs"):
+        assert isinstance(SETTINGS[name].wants(nothing), str)
+        assert isinstance(SETTINGS[name].wants(REACH), dict)
+    assert SETTINGS["workers"].wants(Reach(None, False, 64)) == {"workers": profiles.MOST_WORKERS}
+
+
+# ---- translation -----------------------------------------------------------------------------------------------------
+
+
+def test_profile_comes_down_to_fields_arguments_and_workers() -> None:
+    made = decide("workers", "capture-sizes", "lora-graphs", "no-kernel-autotune", given={"enable_lora": True})
+    assert made.workers == 4
+    config = made.arguments.pop("compilation_config")
+    assert isinstance(config, Config)
+    assert config.cudagraph_capture_sizes == [1, 2, 4, 8, 12] and config.cudagraph_specialize_lora is False
+    assert made.arguments == {"enable_flashinfer_autotune": False}
+    assert not made.left
+    assert [(e.setting, e.old, e.new) for e in made.acted] == [
+        ("workers", "1", "4"),
+        ("capture-sizes", "None", "[1, 2, 4, 8, 12]"),
+        ("lora-graphs", "True", "False"),
+        ("no-kernel-autotune", "None", "False"),
+    ]
+    assert "cudagraph_capture_sizes None → [1, 2, 4, 8, 12] (capture-sizes)" in str(made)
+
+
+def test_nothing_is_given_where_nothing_acts() -> None:
+    made = decide("lora-graphs", "startup-plan")
+    assert not made.arguments and not made.environment and made.workers is None
+    assert made.left == {"lora-graphs": "the engine has no LoRA slots", "startup-plan": era.NO_PLAN}
+
+
+@pytest.mark.parametrize(
+    ("terms", "surface", "words"),
+    [
+        ({"capture sizes": lambda v: Changes(config={"cudagraph_sizes": v})}, {}, "field of .* 'cudagraph_sizes'"),
+        ({"capture sizes": lambda v: Changes(config={"computed": 1})}, {}, "field of .* 'computed'"),  # not one to be given
+        ({"capture sizes": lambda v: Changes(arguments={"capture": v})}, {}, "argument 'capture'"),
+        ({"capture sizes": lambda v: Changes(environment={"VLLM_NO": "1"})}, {}, "variable 'VLLM_NO'"),
+    ],
+)
+def test_an_unknown_name_is_an_error_that_says_it(terms: Any, surface: Any, words: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"'capture-sizes': this release has no {words}") as caught:
+        decide("capture-sizes", speech=dialect(terms, **surface))
+    assert "compile='default'" in str(caught.value)
+
+
+def test_an_unknown_option_of_inductor_is_an_error() -> None:
+    pytest.importorskip("torch")
+    terms = {"combo kernels": lambda v: Changes(inductor={"combo_kernel": v}), "combo benchmark": era.combo_benchmark}
+    with pytest.raises(UnsupportedError, match="option of Inductor 'combo_kernel'"):
+        decide("no-combo-kernels", speech=dialect(terms))
+
+
+# ---- what the user gave wins -----------------------------------------------------------------------------------------
+
+
+def test_given_fields_win_and_the_others_are_filled_in() -> None:
+    own = {"cudagraph_capture_sizes": [3]}
+    made = decide("capture-sizes", "lora-graphs", given={"compilation_config": own, "enable_lora": True})
+    assert made.left == {"capture-sizes": "compilation_config['cudagraph_capture_sizes'] was given"}
+    config = made.arguments["compilation_config"]
+    assert config.cudagraph_capture_sizes == [3] and config.cudagraph_specialize_lora is False
+    assert own == {"cudagraph_capture_sizes": [3]}
+
+
+def test_a_given_field_that_vllm_would_drop_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"'cudagraph_sizes'.* no such field"):
+        decide("capture-sizes", given={"compilation_config": {"cudagraph_sizes": [3]}})
+
+
+@pytest.mark.parametrize("own", [Config(cudagraph_capture_sizes=[3]), 3])
+def test_a_given_object_or_number_stays(own: Any) -> None:
+    made = decide("capture-sizes", given={"compilation_config": own})
+    assert not made.arguments and "was given as" in made.left["capture-sizes"]
+
+
+def test_eager_leaves_nothing_to_compile() -> None:
+    made = decide("workers", "capture-sizes", "no-kernel-autotune", given={"enforce_eager": True})
+    assert made.workers is None and set(made.left) == {"workers", "capture-sizes"}
+    assert made.arguments == {"enable_flashinfer_autotune": False}  # kernels are warmed up all the same
+
+
+@pytest.mark.parametrize("argument", ["enable_flashinfer_autotune", "kernel_config"])
+def test_given_arguments_win(argument: str) -> None:
+    made = decide("no-kernel-autotune", given={argument: True})
+    assert made.left == {"no-kernel-autotune": f"{argument}= was given"} and not made.arguments
+
+
+def test_set_variables_win_and_the_setting_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE", "1")
+    made = decide("static-size")
+    assert made.left == {"static-size": "VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE=1 was given"}
+    assert not made.arguments and not made.environment  # not compiled for one size with autotuning
+
+
+def test_variables_that_were_read_for_good_are_not_set() -> None:
+    made = decide("static-size", speech=dialect(variables_read=True))
+    assert "has read VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE for good" in made.left["static-size"]
+
+
+def test_variables_are_set_while_the_engine_is_built_only() -> None:
+    made = decide("static-size")
+    assert set(made.environment) == set(era.AUTOTUNE_VARIABLES)
+    with pytest.raises(RuntimeError, match="no engine"), made.in_force():
+        assert all(os.environ[name] == "0" for name in era.AUTOTUNE_VARIABLES)
+        raise RuntimeError("no engine")
+    assert not set(era.AUTOTUNE_VARIABLES) & set(os.environ)
+
+
+def test_what_vllm_made_of_it_is_said() -> None:
+    made = decide("capture-sizes", "lora-graphs", given={"enable_lora": True})
+    made.settled(SimpleNamespace(cudagraph_capture_sizes=[], cudagraph_specialize_lora=False))
+    sizes, lora = made.describe()["set"]
+    assert sizes["became"] == "[]" and lora["became"] is None
+    assert sizes["why"].startswith("capture-sizes: ")
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------------
+
+
+def test_workers_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    import torch._inductor.config as config
+
+    monkeypatch.setattr(config, "compile_threads", 1)
+    with pytest.raises(KeyError), workers.compile_workers(3):
+        assert config.compile_threads == 3
+        raise KeyError
+    assert config.compile_threads == 1
+    monkeypatch.setattr(workers, "pinned", lambda: False)
+    config.compile_threads = 5
+    with workers.compile_workers(3):
+        assert config.compile_threads == 5  # the script's own number
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_that_would_fork_beside_cuda_are_left(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    pytest.importorskip("torch")
+    import torch._inductor.config as config
+
+    monkeypatch.undo()
+    monkeypatch.setattr(config, "worker_start_method", method)
+    assert f"start by {method}" in (workers.refusal() or "")
+
+
+def test_cores_are_shared_with_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    assert workers.cores() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert workers.cores() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert workers.cores() == 1
+
+
+# ---- the installed vLLM ----------------------------------------------------------------------------------------------
+
+
+def installed() -> Any:
+    pytest.importorskip("vllm")
+    from rlpatch import registry, versions
+
+    return registry.choose("compile", versions.installed("vllm"), probing=True).adapter
+
+
+def test_every_setting_of_the_installed_release_is_a_real_config() -> None:
+    adapter = installed()
+    assert adapter is not None and adapter.probe() is None
+    real = era.surface().config
+    for name in SETTINGS:
+        made = build.decide(name, (name,), adapter.provides, {"max_num_seqs": 12, "enable_lora": True})
+        config = made.arguments.get("compilation_config")
+        if config is not None:
+            assert isinstance(config, real)
+        for entry in made.acted:
+            field_name = entry.what.removeprefix("compilation_config.")
+            if field_name != entry.what:
+                assert build._text(getattr(config, field_name)) == entry.new
+        assert made.acted or made.left, name
+
+
+def test_the_installed_release_names_what_it_would_drop() -> None:
+    adapter = installed()
+    with pytest.raises(UsageError, match=r"'capture_sizes'.* no such field.*cudagraph_capture_sizes"):
+        build.decide("x", ("workers",), adapter.provides, {"compilation_config": {"capture_sizes": [1]}})
+    broken = dataclasses.replace(
+        adapter.provides, terms={"capture sizes": lambda v: Changes(config={"cudagraph_sizes": v})}
+    )
+    with pytest.raises(UnsupportedError, match="'cudagraph_sizes'"):
+        build.decide("x", ("capture-sizes",), broken, {"max_num_seqs": 4})
+
+
+def test_a_probe_names_what_is_missing() -> None:
+    pytest.importorskip("vllm")
+    missing = era.probe({"capture sizes": lambda v: Changes(config={"gone": v})})()
+    assert missing == "capture sizes: vLLM has no gone"
+    newer = installed()
+    if newer.provides.terms.get("compiled") is not None:
+        assert compile_v0_9.ADAPTER.probe is not None
+        assert "use_inductor" in (compile_v0_9.ADAPTER.probe() or "")
+
+
+def test_every_term_is_translated_or_said_to_be_lacking() -> None:
+    wanted = {
+        term for setting in SETTINGS.values() if isinstance(terms := setting.wants(REACH), dict) for term in terms
+    } - {"workers"}
+    for module in (compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_26):
+        speech = module.ADAPTER.provides
+        unknown = wanted - set(speech.terms) - set(speech.lacks) - {"combo benchmark", "whole artifact"}
+        assert not unknown, (module.__name__, unknown)
+        assert not set(speech.terms) & set(speech.lacks)
