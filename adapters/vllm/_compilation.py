@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlpatch.compilation.dialect import Changes, Dialect, Surface
+from rlpatch.patching import Patch
+from rlpatch.registry import Context
 from rlpatch.relies import Relies
 
 
@@ -88,6 +90,24 @@ def memory_plan(value: bool) -> Changes:
     return Changes(environment={"VLLM_ENABLE_STARTUP_PLAN": str(int(value))})
 
 
+def _inspect(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from rlpatch import phases
+
+    pair = phases.building()
+    if pair is None or pair.compilation is None or not pair.compilation.inspects_here:
+        return wrapped(*args, **kwargs)
+    function = args[0] if args else kwargs["fn"]
+    return function()
+
+
+def patches(context: Context) -> list[Patch]:
+    """``_LazyRegisteredModel.inspect_model_cls`` imports the model in a process of its own, so that CUDA stays untouched
+    here. Beside a trainer CUDA is in use, and the engine imports the same class here next. vLLM keeps what it found under
+    ``VLLM_CACHE_ROOT/modelinfos`` since 0.11; before, every start pays for it.
+    """
+    return [Patch("vllm.model_executor.models.registry", "_run_in_subprocess", _inspect)]
+
+
 Terms = Mapping[str, Callable[[Any], Changes]]
 
 # Values for which a term's names are looked up; any will do.
@@ -138,7 +158,7 @@ def relies(
         found.append(Relies("vllm.engine.arg_utils:EngineArgs", parameters=arguments))
     found += [Relies(f"vllm.envs:{variable}") for variable in variables]
     found += [Relies("vllm.envs:environment_variables"), Relies("vllm.config:VllmConfig.compilation_config")]
-    return (*found, PINNED, INSTANCE, *others)
+    return (*found, PINNED, INSTANCE, INSPECTION, *others)
 
 
 AUTOTUNE_VARIABLES = ("VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE", "VLLM_ENABLE_INDUCTOR_COORDINATE_DESCENT_TUNING")
@@ -152,3 +172,4 @@ INSTANCE = Relies(
         Relies("vllm.entrypoints.llm:LLM.__init__", contains=("_make_config(compilation_config, CompilationConfig)",)),
     ),
 )
+INSPECTION = Relies("vllm.model_executor.models.registry:_run_in_subprocess", positional=("fn",))

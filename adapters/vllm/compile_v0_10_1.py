@@ -17,6 +17,7 @@ ADAPTER = Adapter(
     versions=">=0.10.1,<0.11.1",
     module="vllm.entrypoints.llm",
     probe=era.probe(TERMS),
+    patches=era.patches,
     provides=era.dialect(
         TERMS,
         graphs_without_adapter=era.NO_LORA_GRAPHS,

@@ -36,6 +36,7 @@ ADAPTER = Adapter(
     versions=">=0.11.1,<0.16",
     module="vllm.entrypoints.llm",
     probe=era.probe(TERMS),
+    patches=era.patches,
     provides=era.dialect(
         TERMS,
         kernel_autotune=era.NO_AUTOTUNE,

@@ -27,6 +27,7 @@ ADAPTER = Adapter(
     versions=">=0.16,<0.26",
     module="vllm.entrypoints.llm",
     probe=era.probe(TERMS),
+    patches=era.patches,
     provides=era.dialect(TERMS, memory_plan=era.NO_PLAN),
     relies_on=era.relies(fields=before.FIELDS, arguments=ARGUMENTS, variables=VARIABLES, others=before.OTHERS),
 )

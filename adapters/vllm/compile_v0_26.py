@@ -21,6 +21,7 @@ ADAPTER = Adapter(
     versions=">=0.26,<0.34",
     module="vllm.entrypoints.llm",
     probe=era.probe(TERMS),
+    patches=era.patches,
     provides=era.dialect(TERMS),
     relies_on=era.relies(
         fields=first.FIELDS,

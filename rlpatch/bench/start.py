@@ -4,6 +4,7 @@ The engine is built by `rlpatch.load`, out of the trainer's memory, and its cons
 vLLM passes through, a phase's seconds without those of the phases inside of it::
 
     engine start          vllm.LLM.__init__ (what is left over: tokenizer, config, process groups, KV cache)
+    ├─ model info         the model's class imported in a process of its own, when that is not cached
     ├─ weights            BaseModelLoader.load_model (building the model and filling it from the trainer)
     ├─ profile            Worker.determine_available_memory: the largest batch, once
     │  ├─ dynamo          tracing the model (TorchCompileWithNoGuardsWrapper.aot_compile; else within profile)
@@ -39,14 +40,15 @@ ESTIMATE = "graph estimate"
 CAPTURE = "capture"
 OTHER = "other"
 PHASES = (
-    "weights", "profile", "dynamo", "backend", "inductor", "cache", ESTIMATE, "warm-up", "kernels", "autotune",
-    "dummy rollout", CAPTURE,
+    "model info", "weights", "profile", "dynamo", "backend", "inductor", "cache", ESTIMATE, "warm-up", "kernels",
+    "autotune", "dummy rollout", CAPTURE,
 )  # fmt: skip
 _GPU = "vllm.v1.worker.gpu_worker"
 _CPU = "vllm.v1.worker.cpu_worker"
 _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 _ADAPTORS = ("InductorStandaloneAdaptor", "InductorAdaptor")
 TARGETS: tuple[tuple[str, str, str], ...] = (
+    ("model info", "vllm.model_executor.models.registry", "_LazyRegisteredModel.inspect_model_cls"),
     ("weights", "vllm.model_executor.model_loader.base_loader", "BaseModelLoader.load_model"),
     ("profile", _GPU, "Worker.determine_available_memory"),
     ("profile", _CPU, "CPUWorker.determine_available_memory"),

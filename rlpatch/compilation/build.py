@@ -55,6 +55,7 @@ class Compilation:
         arguments: For the engine's constructor, in place of what was given.
         environment: Variables for the time of the construction.
         workers: Inductor's compile processes, or None to leave their number.
+        inspects_here: The model's class is looked at in this process (the adapter's patch asks).
     """
 
     name: str
@@ -63,6 +64,7 @@ class Compilation:
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     workers: int | None = None
+    inspects_here: bool = False
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
@@ -152,6 +154,8 @@ def decide(name: str, names: tuple[str, ...], dialect: Dialect, given: Mapping[s
         for term, value in wanted.items():
             if term == "workers":
                 why = _no_workers(given) or workers.refusal()
+            elif term == "inspect here":
+                why = None
             elif term in dialect.terms:
                 change = dialect.terms[term](value)
                 _check(setting, change, surface, fields)
@@ -170,6 +174,9 @@ def decide(name: str, names: tuple[str, ...], dialect: Dialect, given: Mapping[s
                 made.acted.append(Entry(setting, "compile_threads", "1", str(made.workers)))
             else:  # there are several; they are only started sooner
                 made.acted.append(Entry(setting, "compile processes start", "when first needed", "with the engine"))
+        if "inspect here" in wanted:
+            made.inspects_here = True
+            made.acted.append(Entry(setting, "model inspection", "in a process of its own", "in this process"))
         for change in changes:
             if (change.config or change.inductor) and plain is None:
                 plain = surface.config()

@@ -108,6 +108,10 @@ SETTINGS: dict[str, Setting] = {
     "no-combo-kernels": Setting(
         "no combo kernels (several small kernels in one launch)", _always(combo_kernels=False, combo_benchmark=False)
     ),
+    "model-info": Setting(
+        "the model's class is looked at in this process; with nothing cached vLLM starts a Python of its own for that",
+        _always(inspect_here=True),
+    ),
     "decode-graphs": Setting(
         "no torch.compile at all; CUDA graphs of whole decode steps over vLLM's own kernels", _always(compiled=False)
     ),
@@ -132,7 +136,7 @@ SETTINGS: dict[str, Setting] = {
 }  # fmt: skip
 
 # Unmeasured: chosen from the sources, conservatively. docs/compilation.md says why each is in and the others are not.
-FAST_START = ("workers", "capture-sizes", "lora-graphs", "no-kernel-autotune")
+FAST_START = ("workers", "model-info", "capture-sizes", "lora-graphs", "no-kernel-autotune")
 THROUGHPUT = ("workers", "capture-sizes", "static-size")
 PROFILES: dict[str, tuple[str, ...]] = {"default": (), "fast-start": FAST_START, "throughput": THROUGHPUT}
 

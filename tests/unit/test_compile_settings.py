@@ -206,7 +206,7 @@ def test_nothing_is_given_where_nothing_acts() -> None:
     ("terms", "surface", "words"),
     [
         ({"capture sizes": lambda v: Changes(config={"cudagraph_sizes": v})}, {}, "field of .* 'cudagraph_sizes'"),
-        ({"capture sizes": lambda v: Changes(config={"computed": 1})}, {}, "field of .* 'computed'"),  # not one to be given
+        ({"capture sizes": lambda v: Changes(config={"computed": 1})}, {}, "field of .* 'computed'"),
         ({"capture sizes": lambda v: Changes(arguments={"capture": v})}, {}, "argument 'capture'"),
         ({"capture sizes": lambda v: Changes(environment={"VLLM_NO": "1"})}, {}, "variable 'VLLM_NO'"),
     ],
@@ -295,15 +295,16 @@ def test_workers_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     import torch._inductor.config as config
 
-    monkeypatch.setattr(config, "compile_threads", 1)
-    with pytest.raises(KeyError), workers.compile_workers(3):
-        assert config.compile_threads == 3
-        raise KeyError
-    assert config.compile_threads == 1
+    with config.patch(compile_threads=1):
+        with pytest.raises(KeyError), workers.compile_workers(3):
+            assert config.compile_threads == 3
+            raise KeyError
+        assert config.compile_threads == 1
     monkeypatch.setattr(workers, "pinned", lambda: False)
-    config.compile_threads = 5
-    with workers.compile_workers(3):
-        assert config.compile_threads == 5  # the script's own number
+    with config.patch(compile_threads=5):
+        with workers.compile_workers(3):
+            assert config.compile_threads == 5  # the script's own number
+        assert config.compile_threads == 5
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -312,8 +313,8 @@ def test_workers_that_would_fork_beside_cuda_are_left(monkeypatch: pytest.Monkey
     import torch._inductor.config as config
 
     monkeypatch.undo()
-    monkeypatch.setattr(config, "worker_start_method", method)
-    assert f"start by {method}" in (workers.refusal() or "")
+    with config.patch(worker_start_method=method):
+        assert f"start by {method}" in (workers.refusal() or "")
 
 
 def test_cores_are_shared_with_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +377,7 @@ def test_a_probe_names_what_is_missing() -> None:
 def test_every_term_is_translated_or_said_to_be_lacking() -> None:
     wanted = {
         term for setting in SETTINGS.values() if isinstance(terms := setting.wants(REACH), dict) for term in terms
-    } - {"workers"}
+    } - {"workers", "inspect here"}
     for module in (compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_26):
         speech = module.ADAPTER.provides
         unknown = wanted - set(speech.terms) - set(speech.lacks) - {"combo benchmark", "whole artifact"}

@@ -1,0 +1,112 @@
+"""Engines under each compile profile, beside a real trainer: the same tokens, and `status` says what was set."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import rlpatch  # noqa: E402
+from rlpatch.adapters.vllm import _compilation as era  # noqa: E402
+from rlpatch.bench import compile as bench  # noqa: E402
+from rlpatch.demo import tiny, worker  # noqa: E402
+
+pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
+
+PROMPTS = [[5, 9, 14, 22], [7, 7, 31], [40, 3, 11, 12, 13, 50]]
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One layer: there is less to compile."""
+    return str(tiny.write_model(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=1))
+
+
+def greedy(trainer: Any) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    outputs = worker.engine_of(trainer).generate(
+        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def described() -> dict[str, Any]:
+    return dict(rlpatch.status().pairs[-1]["compile"])
+
+
+@pytest.fixture(scope="module")
+def expected(shallow: str) -> list[list[int]]:
+    """Tokens of an engine that computes without compilation, from an unpatched constructor's arguments."""
+    rlpatch.apply(compile="default")
+    try:
+        trainer = worker.make_trainer(worker.Job(shallow, True))
+        assert rlpatch.status()["compile"].reason == "switched off"
+        assert rlpatch.status().pairs[-1]["compile"] is None
+        return greedy(trainer)
+    finally:
+        rlpatch.revert()
+
+
+@pytest.mark.parametrize("profile", ["default", "fast-start", "throughput", "decode-graphs"])
+def test_same_tokens_under_every_profile(
+    trainer_of: Any, shallow: str, expected: list[list[int]], profile: str, collected: None
+) -> None:
+    import torch._inductor.config as inductor
+
+    variables = dict(os.environ)
+    threads = inductor.compile_threads
+    frozen = era.surface().variables_read
+    trainer = trainer_of(apply={"compile": profile}, model=shallow, engine={"enforce_eager": False})
+    assert greedy(trainer) == expected
+    assert inductor.compile_threads == threads
+    assert {name for name in os.environ if name.startswith(("VLLM_USE", "VLLM_ENABLE_IND"))} <= set(variables)
+    if profile == "default":
+        return
+    found = described()
+    what = {entry["what"]: entry for entry in found["set"]}
+    assert found["profile"] == profile
+    assert str(rlpatch.status()["compile"].state) == "applied"
+    config = worker.engine_of(trainer).llm_engine.vllm_config.compilation_config
+    if profile == "decode-graphs":
+        assert (config.mode if hasattr(config, "mode") else config.level).name.startswith("NO")
+        assert what["compilation_config.mode"]["new"] == "NONE"
+        return
+    sizes = what["compilation_config.cudagraph_capture_sizes"]  # TRL's max_num_seqs is the batch
+    assert sizes["new"] == "[1, 2, 4, 8]" and sizes["became"] == "[]"  # a CPU captures nothing, and this is said
+    if profile == "fast-start":
+        assert what["enable_flashinfer_autotune"]["new"] == "False"
+        assert worker.engine_of(trainer).llm_engine.vllm_config.kernel_config.enable_flashinfer_autotune is False
+        assert found["left"]["lora-graphs"] == "the engine has no LoRA slots"
+    elif frozen:
+        assert "for good" in found["left"]["static-size"]
+    else:
+        assert config.compile_sizes == [8]
+
+
+def test_eager_engines_are_left_alone(trainer_of: Any, shallow: str, expected: list[list[int]]) -> None:
+    trainer = trainer_of(apply={"compile": "workers,capture-sizes"}, model=shallow)  # the job's engine is eager
+    assert greedy(trainer) == expected
+    found = described()
+    assert not found["set"] and all("enforce_eager=True" in why for why in found["left"].values())
+
+
+def test_bench_measures_a_start(tmp_path: Path) -> None:
+    out = tmp_path / "starts.json"
+    options = "--shape tiny --settings decode-graphs --cold --sequences 2 --tokens 8 --rollouts 1"
+    assert bench.main([*options.split(), "--models", str(tmp_path), "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    (run,) = document["settings"]["decode-graphs"]["cold"]
+    result = run["result"]
+    assert result["seconds"]["engine start"] == pytest.approx(sum(result["phases"].values()), rel=0.02)
+    assert result["phases"]["weights"] > 0 and result["rollouts"][0]["tokens_per_second"] > 0
+    assert result["compile"]["profile"] == "decode-graphs"
+    assert [len(tokens) for tokens in result["greedy"]] == [16, 16]
+    assert "engine start, cold, s" in bench.table(document)
