@@ -38,12 +38,13 @@ def graphs_without_adapter(value: bool) -> Changes:
     return Changes(config={"cudagraph_specialize_lora": value})
 
 
-def combo_kernels(value: bool) -> Changes:
-    return Changes(inductor={"combo_kernels": value})
-
-
-def combo_benchmark(value: bool) -> Changes:
-    return Changes(inductor={"benchmark_combo_kernel": value})
+def combo_kernels(value: str) -> Changes:
+    """``CompilationConfig.__post_init__`` switches them on where they work (torch >= 2.9, GPUs), with the benchmark, unless
+    one of the two options is given; where it does not, neither is given."""
+    return Changes(
+        inductor={"combo_kernels": value == "unbenchmarked", "benchmark_combo_kernel": False},
+        upon={"combo_kernels": True},
+    )
 
 
 def uncompiled(value: bool) -> Changes:

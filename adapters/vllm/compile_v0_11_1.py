@@ -18,7 +18,6 @@ TERMS: era.Terms = {
     "capture sizes": era.capture_sizes,
     "graphs without adapter": era.graphs_without_adapter,
     "combo kernels": era.combo_kernels,
-    "combo benchmark": era.combo_benchmark,
     "compiled": era.uncompiled,
     "inductor": era.eager_backend,
     "static sizes": era.static_sizes,

@@ -160,7 +160,9 @@ def decide(name: str, names: tuple[str, ...], dialect: Dialect, given: Mapping[s
                 change = dialect.terms[term](value)
                 _check(setting, change, surface, fields)
                 changes.append(change)
-                why = _already(change, surface, given)
+                if (change.config or change.inductor) and plain is None:
+                    plain = surface.config()
+                why = _already(change, surface, given) or _not_upon(change, surface, plain)
             else:
                 why = dialect.lacks.get(term, f"this vLLM has nothing for {term!r}")
             if why is not None:
@@ -178,8 +180,6 @@ def decide(name: str, names: tuple[str, ...], dialect: Dialect, given: Mapping[s
             made.inspects_here = True
             made.acted.append(Entry(setting, "model inspection", "in a process of its own", "in this process"))
         for change in changes:
-            if (change.config or change.inductor) and plain is None:
-                plain = surface.config()
             for what, value in change.config.items():
                 made.acted.append(Entry(setting, f"{CONFIG}.{what}", _text(getattr(plain, what)), _text(value)))
             for what, value in change.inductor.items():
@@ -226,6 +226,13 @@ def _already(change: Changes, surface: Surface, given: Mapping[str, Any]) -> str
             return f"{variable}={os.environ[variable]} was given" if os.environ[variable] != text else "set already"
         if surface.variables_read:
             return f"this process's first engine has read {variable} for good"
+    return None
+
+
+def _not_upon(change: Changes, surface: Surface, plain: Any) -> str | None:
+    for what, value in change.upon.items():
+        if getattr(plain, surface.inductor_field).get(what) != value:
+            return f"vLLM itself leaves Inductor's {what} alone here"
     return None
 
 

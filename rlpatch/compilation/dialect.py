@@ -16,6 +16,7 @@ class Changes:
         inductor: Options of Inductor, kept in one field of that config.
         arguments: Arguments of the engine's constructor.
         environment: Variables, set while the engine is built.
+        upon: Options of Inductor that the engine must have set itself; where it has not, nothing is changed.
         unless: Other arguments of the constructor that carry the same wish; when one is given, it wins.
     """
 
@@ -23,6 +24,7 @@ class Changes:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    upon: Mapping[str, Any] = field(default_factory=dict)
     unless: tuple[str, ...] = ()
 
 

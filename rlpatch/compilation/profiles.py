@@ -103,10 +103,10 @@ SETTINGS: dict[str, Setting] = {
     ),
     "no-combo-benchmark": Setting(
         "combo kernels without the benchmark that Inductor runs for each of them while it compiles",
-        _always(combo_kernels=True, combo_benchmark=False),
+        _always(combo_kernels="unbenchmarked"),
     ),
     "no-combo-kernels": Setting(
-        "no combo kernels (several small kernels in one launch)", _always(combo_kernels=False, combo_benchmark=False)
+        "no combo kernels (several small kernels in one launch)", _always(combo_kernels="none")
     ),
     "model-info": Setting(
         "the model's class is looked at in this process; with nothing cached vLLM starts a Python of its own for that",
@@ -136,7 +136,7 @@ SETTINGS: dict[str, Setting] = {
 }  # fmt: skip
 
 # Unmeasured: chosen from the sources, conservatively. docs/compilation.md says why each is in and the others are not.
-FAST_START = ("workers", "model-info", "capture-sizes", "lora-graphs", "no-kernel-autotune")
+FAST_START = ("workers", "model-info", "no-combo-benchmark", "capture-sizes", "lora-graphs", "no-kernel-autotune")
 THROUGHPUT = ("workers", "capture-sizes", "static-size")
 PROFILES: dict[str, tuple[str, ...]] = {"default": (), "fast-start": FAST_START, "throughput": THROUGHPUT}
 

@@ -98,10 +98,10 @@ def test_eager_engines_are_left_alone(trainer_of: Any, shallow: str, expected: l
     assert not found["set"] and all("enforce_eager=True" in why for why in found["left"].values())
 
 
-def test_bench_measures_a_start(tmp_path: Path) -> None:
+def test_bench_measures_a_start(shallow: str, tmp_path: Path) -> None:
     out = tmp_path / "starts.json"
-    options = "--shape tiny --settings decode-graphs --cold --sequences 2 --tokens 8 --rollouts 1"
-    assert bench.main([*options.split(), "--models", str(tmp_path), "--out", str(out)]) == 0
+    options = "--settings decode-graphs --cold --sequences 2 --tokens 8 --rollouts 1"
+    assert bench.main([*options.split(), "--model", shallow, "--out", str(out)]) == 0
     document = json.loads(out.read_text())
     (run,) = document["settings"]["decode-graphs"]["cold"]
     result = run["result"]

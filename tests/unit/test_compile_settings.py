@@ -219,9 +219,30 @@ def test_an_unknown_name_is_an_error_that_says_it(terms: Any, surface: Any, word
 
 def test_an_unknown_option_of_inductor_is_an_error() -> None:
     pytest.importorskip("torch")
-    terms = {"combo kernels": lambda v: Changes(inductor={"combo_kernel": v}), "combo benchmark": era.combo_benchmark}
+    terms = {"combo kernels": lambda v: Changes(inductor={"combo_kernel": v})}
     with pytest.raises(UnsupportedError, match="option of Inductor 'combo_kernel'"):
         decide("no-combo-kernels", speech=dialect(terms))
+
+
+@pytest.mark.parametrize(("setting", "kept"), [("no-combo-benchmark", True), ("no-combo-kernels", False)])
+def test_combo_kernels_only_where_vllm_has_switched_them_on(setting: str, kept: bool) -> None:
+    pytest.importorskip("torch")
+
+    @dataclass
+    class Switched(Config):
+        def __post_init__(self) -> None:
+            for option in ("combo_kernels", "benchmark_combo_kernel"):
+                self.inductor_compile_config.setdefault(option, True)
+
+    terms: dict[str, Any] = {"combo kernels": era.combo_kernels}
+    made = decide(setting, speech=dialect(terms, config=Switched))
+    options = {"combo_kernels": kept, "benchmark_combo_kernel": False}
+    assert made.arguments["compilation_config"].inductor_compile_config == options
+    given = {"compilation_config": {"inductor_compile_config": {"combo_kernels": True}}}
+    made = decide(setting, speech=dialect(terms, config=Switched), given=given)
+    assert made.left == {setting: "Inductor's 'combo_kernels' was given"} and not made.arguments
+    made = decide(setting, speech=dialect(terms))  # torch before 2.9, or a CPU
+    assert "leaves Inductor's combo_kernels alone" in made.left[setting] and not made.arguments
 
 
 # ---- what the user gave wins -----------------------------------------------------------------------------------------
@@ -380,6 +401,6 @@ def test_every_term_is_translated_or_said_to_be_lacking() -> None:
     } - {"workers", "inspect here"}
     for module in (compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_26):
         speech = module.ADAPTER.provides
-        unknown = wanted - set(speech.terms) - set(speech.lacks) - {"combo benchmark", "whole artifact"}
+        unknown = wanted - set(speech.terms) - set(speech.lacks) - {"whole artifact"}
         assert not unknown, (module.__name__, unknown)
         assert not set(speech.terms) & set(speech.lacks)
