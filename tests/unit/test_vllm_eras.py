@@ -73,6 +73,9 @@ BNB_LAYER = "model_executor/layers/quantization/bitsandbytes.py"
 LINEAR, EMBEDDING = "model_executor/layers/linear.py", "model_executor/layers/vocab_parallel_embedding.py"
 LORA_LAYERS = "lora/layers.py lora/layers/base.py lora/layers/base_linear.py lora/layers/column_parallel_linear.py"
 LORA_MANAGER = "lora/models.py lora/model_manager.py"
+OVERRIDE, MODELS = "env_override.py", "model_executor/models/registry.py"
+COMPILATION, INTERFACE = "config/compilation.py config.py", "compilation/compiler_interface.py"
+WARM_UP = "model_executor/warmup/kernel_warmup.py"
 
 CLAIMS = (
     # ---- engine: construction and the way to the model ----
@@ -247,6 +250,35 @@ CLAIMS = (
     Claim("collector_v0_30", ">=0.30", RUNNER, "GPUModelRunner._freeze_gc", has=("freeze_gc_for_cudagraph_capture",)),
     Claim("_collector", ">=0.11.1", CORE, "EngineCore.__init__", has=("freeze_gc_heap()",)),
     Claim("_collector", "<0.11.1", CORE, "EngineCore.__init__", lacks=("freeze_gc_heap",)),
+    # ---- compile: how the engine is compiled and warmed up ----
+    Claim("compile_v0_9 compile_v0_10_1 compile_v0_11_1 compile_v0_16 compile_v0_26", ">=0.9.2", OVERRIDE, "",
+          has=("os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '1'",)),
+    Claim("compile_v0_9 compile_v0_10_1 compile_v0_11_1", "<0.20", OVERRIDE, "",
+          has=("torch._inductor.config.compile_threads = 1",)),
+    Claim("compile_v0_16 compile_v0_26", ">=0.20", OVERRIDE, "", lacks=("config.compile_threads = 1",)),
+    Claim("compile_v0_9", "<0.10.1", COMPILATION, "CompilationConfig", has=("level: int", "use_inductor: bool"),
+          lacks=("cudagraph_mode",)),
+    Claim("compile_v0_10_1", ">=0.10.1,<0.11.1", COMPILATION, "CompilationConfig",
+          has=("use_inductor: bool", "cudagraph_mode:", "level:"), lacks=("cudagraph_specialize_lora",)),
+    Claim("compile_v0_9", "<0.11", INTERFACE, "set_inductor_config", has=("config['max_autotune'] = True",)),
+    Claim("compile_v0_11_1", ">=0.11.1", INTERFACE, "set_inductor_config",
+          has=("config['max_autotune'] = envs.VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE",)),
+    Claim("compile_v0_11_1", ">=0.11.1", COMPILATION, "CompilationConfig",
+          has=("mode: CompilationMode", "cudagraph_mode:", "cudagraph_specialize_lora: bool = True"),
+          lacks=("full_cuda_graph",)),
+    Claim("compile_v0_11_1", ">=0.11.1", COMPILATION, "CompilationConfig.__post_init__",
+          has=("'combo_kernels' not in self.inductor_compile_config",
+               "'benchmark_combo_kernel' not in self.inductor_compile_config")),
+    Claim("compile_v0_9 compile_v0_10_1", "<0.11.1", COMPILATION, "CompilationConfig.__post_init__",
+          lacks=("combo_kernels",)),
+    Claim("compile_v0_16", ">=0.16", WARM_UP, "kernel_warmup",
+          has=("worker.vllm_config.kernel_config.enable_flashinfer_autotune",)),
+    Claim("compile_v0_26", ">=0.26", "v1/worker/startup_plan.py", "maybe_apply_startup_plan",
+          has=("envs.VLLM_ENABLE_STARTUP_PLAN",)),
+    Claim("compile_v0_9", ">=0.9.2", MODELS, "_LazyRegisteredModel.inspect_model_cls",
+          has=("_run_in_subprocess(lambda: _ModelInfo.from_model_cls(self.load_model_cls()))",)),
+    Claim("compile_v0_9", "<0.11", MODELS, "_LazyRegisteredModel", lacks=("modelinfos",)),
+    Claim("compile_v0_11_1", ">=0.11", MODELS, "_LazyRegisteredModel", has=("modelinfos",)),
 )  # fmt: skip
 
 
