@@ -154,14 +154,15 @@ REFUSED = {
 
 
 def named(value: str, origin: str) -> tuple[str, ...]:
-    """The settings that `value` stands for: a profile's, or names of settings with commas between.
+    """The settings that `value` stands for: a profile's, or names of settings and profiles with commas between.
 
     Raises:
         UsageError: an unknown or refused name, or two settings that contradict each other; names `origin`.
     """
     if value in PROFILES:
         return PROFILES[value]
-    names = tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    names = tuple(dict.fromkeys(name for part in parts for name in PROFILES.get(part, (part,))))
     for name in names:
         if name in REFUSED:
             raise UsageError(f"{origin}: {name!r} is refused: {REFUSED[name]}")

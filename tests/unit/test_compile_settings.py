@@ -74,6 +74,7 @@ def test_profiles_are_settings_that_agree() -> None:
         if settings:
             assert named(",".join(settings), "compile") == settings
     assert PROFILES["default"] == ()
+    assert named("fast-start,mega-aot,workers", "compile") == (*PROFILES["fast-start"], "mega-aot")
     assert not set(SETTINGS) & (set(PROFILES) | set(REFUSED))
 
 
