@@ -30,6 +30,7 @@ def apply(
     lora: str | None = None,
     precision: str | None = None,
     compile: str | None = None,
+    memory_plan: bool | int | str | None = None,
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str | None = None,
     strict: bool | None = None,
@@ -55,6 +56,11 @@ def apply(
             ``"throughput"`` are sets of the settings in docs/compilation.md, which can also be named one by one
             (``"workers,capture-sizes"``). What the script gives the engine itself wins. None: ``RLPATCH_COMPILE``, then
             ``"default"``.
+        memory_plan: Where a GRPO or RLOO config leaves ``vllm_gpu_memory_utilization`` alone, standby is on and the
+            weights are shared, the KV cache gets all that a memory plan leaves for it (docs/memory.md); a plan that does
+            not fit is an error before the engine is built. False: TRL's utilization. A size, ``"40GiB"`` or a number of
+            bytes: trainer and engine take no more of the device than that. None: ``RLPATCH_MEMORY_PLAN`` (yes, no, or a
+            size), then True.
         include: Only these capabilities (names as in `status`). None: ``RLPATCH_INCLUDE`` (comma-separated), then all.
         exclude: Never these. None: ``RLPATCH_EXCLUDE``.
         strict: Releases that no adapter serves are an error. None: ``RLPATCH_STRICT``, then False (a warning).
@@ -75,6 +81,7 @@ def apply(
         lora=lora,
         precision=precision,
         compile=compile,
+        memory_plan=memory_plan,
         include=include,
         exclude=exclude,
         strict=strict,

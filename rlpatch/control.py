@@ -101,9 +101,10 @@ def apply(**arguments: Any) -> Report:
             logger.info("rlpatch: settings changed; reverting and applying anew")
             revert()
         chosen = NAMES if settings.defaults is True else settings.defaults or ()
+        limit = None if isinstance(settings.memory_plan, bool) else settings.memory_plan
         context = Context(
             settings.wants("standby"), settings.wants("share_weights"), settings.lora, chosen, settings.precision,
-            settings.compile,
+            settings.compile, limit,
         )  # fmt: skip
         run = _Run(settings, context)
         try:
@@ -297,7 +298,7 @@ def status() -> Report:
 def patched(**settings: Any) -> Iterator[Report]:
     """See `rlpatch.patched`."""
     arguments = dict.fromkeys(
-        ("standby", "share_weights", "defaults", "lora", "precision", "compile", "include", "exclude", "strict")
+        ("standby", "share_weights", "defaults", "lora", "precision", "compile", "memory_plan", "include", "exclude", "strict")
     )
     unknown = set(settings) - set(arguments)
     if unknown:

@@ -28,6 +28,7 @@ from rlpatch import control, registry, versions
 from rlpatch.compilation import profiles
 from rlpatch.config.defaults import NAMES
 from rlpatch.errors import RlpatchError, UsageError
+from rlpatch.memory.sizes import show
 from rlpatch.registry import Outcome, State
 from rlpatch.settings import Settings, resolve
 from rlpatch.versions import Installed
@@ -423,6 +424,27 @@ def _capabilities(diagnosis: Diagnosis) -> Iterable[Finding]:
             f"{model['reason'][:1].upper()}{model['reason'][1:]}; {model['cost']}.",
             "nothing to do; apply(precision='masters') or apply(precision='as-is') would choose otherwise",
         )
+    for pair in report.pairs:
+        yield from _planned(pair.get("memory_plan"))
+
+
+def _planned(made: dict[str, Any] | None) -> Iterable[Finding]:
+    """The memory plan of a live engine, term by term."""
+    if made is None:
+        return
+    what = f"sizes the KV cache: {show(made['kv_cache_memory_bytes'])}" if made["applied"] else "is not applied"
+    terms = made.get("terms", ())
+    phases = []
+    for phase in ("generating", "training"):
+        there = [f"{t['name']} {show(t['bytes'])}" for t in terms if t["resident"] in ("both", phase)]
+        if there:
+            phases.append(f" {phase.capitalize()}: {show(made[phase])} ({', '.join(there)}).")
+    yield Finding(
+        "info",
+        f"the memory plan {what}",
+        f"{made['reason'][:1].upper()}{made['reason'][1:]}.{''.join(phases)}",
+        "nothing to do; vllm_gpu_memory_utilization in the config, or apply(memory_plan=False), would choose otherwise",
+    )
 
 
 def _prospect(capability: str, library: str, found: Installed, settings: Settings) -> Outcome:

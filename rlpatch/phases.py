@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +36,12 @@ from rlpatch.lora.policy import (
 )  # fmt: skip
 from rlpatch.lora.slots import Slots, rank_of
 from rlpatch.lora.target import Adaptation, in_one_line
+from rlpatch.memory.budget import Budget, Decision, Release, Room, decide
+from rlpatch.memory.engine import CONTEXT
 from rlpatch.registry import Context
 from rlpatch.sharing.late import Crowded, free_bytes
 from rlpatch.sharing.share import Renamer, Sharing, Slot, own_storage, trainer_slots
-from rlpatch.standby import KVStandby
+from rlpatch.standby import KVStandby, make_room
 
 logger = logging.getLogger("rlpatch")
 
@@ -107,6 +110,7 @@ class Colocation:
         on_discarded: Called when upstream's sleep mode has thrown the engine's own weights away (level 2).
         owner: The model of a pair that exists before its trainer does; its adapters may come later (`follow`).
         slots_rank: LoRA slots of this rank are reserved in the engine for adapters that come later; 0: none.
+        budget: What the memory plan is made from, or why there is none; None: nobody knows the trainer.
 
     Attributes:
         adapters: Reads the trainer's adapters (``providers["lora"]`` of its model), or None when it has none.
@@ -115,6 +119,7 @@ class Colocation:
         agreement: How far trainer and rollouts differ in their log-probs.
         compilation: The compile settings of its engine, or None when vLLM was left alone.
         replaced: Tensors whose trained copy (``modules_to_save``) has taken the original's place in the engine.
+        memory: What became of the memory plan; None before the engine is built.
     """
 
     context: Context
@@ -127,6 +132,7 @@ class Colocation:
     on_discarded: Callable[[], None] | None = None
     owner: weakref.ref[Any] | None = None
     slots_rank: int = 0
+    budget: Budget | str | None = None
     engine: Engine | None = None
     sharing: Sharing | None = None
     adapters: Any = None
@@ -136,6 +142,7 @@ class Colocation:
     seconds: dict[str, float] = field(default_factory=lambda: {"sync": 0.0})
     agreement: Agreement = field(default_factory=Agreement)
     replaced: tuple[str, ...] = ()
+    memory: Decision | None = None
     number: int = 0
     compilation: Compilation | None = None
     _rolling: bool = False
@@ -346,6 +353,31 @@ class Colocation:
         if rank:
             found.update(self.context.providers["lora_slots"].engine_arguments(rank))
         return found
+
+    def plan_memory(self, arguments: Mapping[str, Any], release: Release) -> Mapping[str, Any]:
+        """Arguments of ``LLM`` that the memory plan decides, given all others; nothing where it is not in force.
+
+        Raises:
+            UsageError: the plan does not fit (see `rlpatch.memory.budget.decide`).
+        """
+        self.memory = self._decide(arguments, release)
+        for text in self.memory.warnings:
+            logger.warning("rlpatch: %s", text)
+        logger.info("rlpatch: %s", self.memory)
+        return self.memory.arguments
+
+    def _decide(self, arguments: Mapping[str, Any], release: Release) -> Decision:
+        if not isinstance(self.budget, Budget):
+            early = "rlpatch.load builds the engine before its trainer is known" if self.owner is not None else None
+            return Decision(False, self.budget or early or self.context.reasons.get("memory_plan") or "switched off")
+        if not self.wants_standby:
+            return Decision(False, f"the KV cache stays resident: {self.standby_refusal}")
+        if not self.shares_planned:
+            return Decision(False, f"the weights are not shared: {self.refusal}")
+        room = _room(self.budget, next(slot.tensor.device for slot in self.slots), self.context.memory_limit)
+        if room is None:
+            return Decision(False, "no device memory to plan on the CPU (apply(memory_plan='8GiB') gives it a size)")
+        return decide(self.budget, arguments, room, release)
 
     def _place_adapters(self) -> None:
         """The engine is complete: make the policy, or leave the adapters to TRL after all."""
@@ -693,9 +725,35 @@ class Colocation:
             },
             "no standby": self.standby_refusal,
             "compile": self.compilation.describe() if self.compilation is not None else None,
+            "memory_plan": self.memory.as_dict() if self.memory is not None else None,
             "agreement": self.agreement.describe(),
             "seconds": dict(self.seconds),
         }  # fmt: skip
+
+
+def _room(budget: Budget, device: torch.device, limit: int | None) -> Room | None:
+    """What the device has for trainer and engine; None on a CPU to which no size was given."""
+    if device.type == "cpu":
+        return (
+            Room(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), limit=limit) if limit is not None else None
+        )
+    make_room(device)
+    module = torch.get_device_module(device)
+    free, total = module.mem_get_info(device)
+    fraction = getattr(module, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+    if fraction < 1:
+        limit = min(int(fraction * total), limit or total)
+    own = [budget.model, getattr(budget.trainer, "ref_model", None)]
+    later = [reward for reward in getattr(budget.trainer, "reward_funcs", ()) if isinstance(reward, torch.nn.Module)]
+    held = _bytes_on(device, own, there=True) + CONTEXT
+    return Room(total, max(total - free - held, 0) + _bytes_on(device, later, there=False), limit)
+
+
+def _bytes_on(device: torch.device, modules: list[Any], *, there: bool) -> int:
+    """Of the tensors of `modules` that are on `device`, or that are not."""
+    tensors = (t for m in modules if isinstance(m, torch.nn.Module) for t in (*m.parameters(), *m.buffers()))
+    found = {id(t): t.nbytes for t in tensors if (t.device == device) is there}
+    return sum(found.values())
 
 
 def _merged(choice: LoraChoice) -> str:

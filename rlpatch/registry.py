@@ -82,6 +82,7 @@ class Context:
         defaults: Which config defaults are wanted (see `rlpatch.config.defaults.NAMES`).
         precision: Of the trainer's weights (see `rlpatch.apply`).
         compile: How the engine is compiled and warmed up (see `rlpatch.apply`).
+        memory_limit: The most that a memory plan may count on, in bytes; None: all that the device has.
         providers: capability -> the chosen adapter's `provides` (filled as capabilities resolve).
         reasons: capability -> why it has none, in words.
     """
@@ -92,6 +93,7 @@ class Context:
     defaults: tuple[str, ...] = ()
     precision: str = "auto"
     compile: str = "default"
+    memory_limit: int | None = None
     providers: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rlpatch.compilation import profiles
 from rlpatch.errors import UsageError
+from rlpatch.memory.sizes import parse_size
 from rlpatch.versions import environment_flag
 
 LORA_MODES = ("auto", "fold", "slots", "merge")
@@ -26,6 +27,8 @@ class Settings:
         lora: How a LoRA reaches the engine: ``"auto"``, ``"fold"``, ``"slots"`` or ``"merge"`` (TRL's way).
         precision: Of the trainer's weights: ``"auto"``, ``"masters"`` or ``"as-is"`` (TRL's).
         compile: A compile profile, or compile settings with commas between (see `rlpatch.compilation.profiles`).
+        memory_plan: A plan sizes the KV cache where the user left vLLM's utilization alone; a number of bytes is the most
+            that it may count on.
         include: Only these capabilities, or None for all.
         exclude: Never these capabilities.
         strict: An unsupported release is an error instead of a warning.
@@ -38,6 +41,7 @@ class Settings:
     lora: str = "auto"
     precision: str = "auto"
     compile: str = "default"
+    memory_plan: bool | int = True
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -51,6 +55,7 @@ class Settings:
         switches = {
             "standby": self.standby, "share_weights": self.share_weights, "defaults": bool(self.defaults),
             "precision": narrow, "master_weights": narrow, "compile": self.compile != "default",
+            "memory_plan": bool(self.memory_plan),
         }  # fmt: skip
         return switches.get(capability, True)
 
@@ -77,6 +82,7 @@ def resolve(
     lora: str | None,
     precision: str | None = None,
     compile: str | None = None,
+    memory_plan: bool | int | str | None = None,
     include: Iterable[str] | str | None,
     exclude: Iterable[str] | str | None,
     strict: bool | None,
@@ -154,6 +160,25 @@ def resolve(
         settings = profiles.named(given or "", origin)
         return given if given in profiles.PROFILES else ",".join(settings)
 
+    def size_or_flag(name: str, value: bool | int | str | None) -> bool | int:
+        """True, False, or a size in bytes."""
+        variable = f"RLPATCH_{name.upper()}"
+        origin = f"apply({name}=…)" if value is not None else variable
+        if value is None:
+            value = os.environ.get(variable) or None
+            if value is None:
+                return True
+            try:
+                value = environment_flag(variable)
+            except UsageError:
+                pass  # a size, then
+        explicit.add(name)
+        if isinstance(value, bool):
+            return value
+        if not isinstance(value, (int, str)):
+            raise UsageError(f"{origin}: {value!r}: expected True, False, a size such as '40GiB', or None")
+        return parse_size(value, origin)
+
     included, excluded = names("include", include), names("exclude", exclude) or ()
     both = set(included or ()) & set(excluded)
     if both:
@@ -165,6 +190,7 @@ def resolve(
         lora=one_of("lora", lora, LORA_MODES),
         precision=one_of("precision", precision, PRECISIONS),
         compile=compile_settings(compile),
+        memory_plan=size_or_flag("memory_plan", memory_plan),
         include=included,
         exclude=excluded,
         strict=flag("strict", strict, False),

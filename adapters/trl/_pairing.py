@@ -87,6 +87,7 @@ def new_pair(context: Context, generation: Any) -> Colocation:
     if not getattr(generation.model, "name_or_path", ""):
         raise phases.missing_path()
     names = context.providers.get("checkpoint_names")
+    budget = context.providers.get("memory_plan")
     adapted = _adapted(generation.model)
     pair = phases.Colocation(
         context,
@@ -96,6 +97,7 @@ def new_pair(context: Context, generation: Any) -> Colocation:
         if names is not None
         else None,
         upstream_sleep=bool(generation.enable_sleep_mode),
+        budget=budget(generation) if budget is not None else None,
     )
     if adapted:
         pair.adapt(generation.model, quantized=quantized.has_quantized(generation.model))

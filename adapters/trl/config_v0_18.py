@@ -2,17 +2,14 @@
 
 A config is a dataclass over ``transformers.TrainingArguments``: its ``__init__`` assigns the fields and calls
 ``__post_init__``, where TRL derives ``steps_per_generation`` and ``generation_batch_size`` from the batch and refuses what
-does not divide. What the config was made with is noted around ``__init__``; the fields are changed at the entry of TRL's
+does not divide. What the config was made with is noted (`_configs`); the fields are changed at the entry of TRL's
 ``__post_init__``, before transformers hands them to DeepSpeed or accelerate. Whether a LoRA is trained is only known when
 ``transformers.Trainer.__init__`` gets the model, still before there is an optimizer.
-``HfArgumentParser`` passes every field; it is asked a second time, without defaults, which of them were named, and
-``TrlParser.set_defaults_with_config`` which its YAML file names.
 Delete when: never for the defaults; the arithmetic when TRL rounds batches to whole groups itself.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import importlib
@@ -24,6 +21,7 @@ import weakref
 from typing import Any
 
 from rlpatch.adapters.trl import _source
+from rlpatch.adapters.trl._configs import CLASSES, RELIES, UPSTREAM, watching
 from rlpatch.config import given, listing
 from rlpatch.config.batching import GENERATION, STEPS
 from rlpatch.config.defaults import (
@@ -39,40 +37,8 @@ from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
 
-# Every config with num_generations of some release between 0.18.0 and 1.16.0. A module that a release does not have is
-# never imported there, and its patches stay armed.
-CLASSES: tuple[tuple[str, str], ...] = (
-    ("trl.trainer.grpo_config", "GRPOConfig"),
-    ("trl.trainer.rloo_config", "RLOOConfig"),
-    *(
-        (f"trl.experimental.{name}.{name}_config", kind)
-        for name, kind in (
-            ("async_grpo", "AsyncGRPOConfig"),
-            ("distillation", "DistillationConfig"),
-            ("dppo", "DPPOConfig"),
-            ("gfpo", "GFPOConfig"),
-            ("gmpo", "GMPOConfig"),
-            ("gold", "GOLDConfig"),
-            ("grpo_with_replay_buffer", "GRPOWithReplayBufferConfig"),
-            ("iw_opd", "IWOPDConfig"),
-            ("minillm", "MiniLLMConfig"),
-            ("papo", "PAPOConfig"),
-            ("sdft", "SDFTConfig"),
-            ("sdpo", "SDPOConfig"),
-            ("self_distillation", "SelfDistillationConfig"),
-            ("server_distillation", "ServerDistillationConfig"),
-        )
-    ),
-)
-# TRL has a copy of transformers' parser from 1.0 on
-PARSERS = ("transformers.hf_argparser", "trl.scripts._hf_argparser")
-UPSTREAM = ("trl", "transformers")
 # RLOOConfig 0.22–0.24 moves these old names over the new ones in its __post_init__
 RENAMED = {"rloo_k": GENERATIONS, "num_mini_batches": STEPS}
-# What a memory plan provides for vllm_gpu_memory_utilization: a function of the config (its fields assigned, its
-# __post_init__ not yet run) that returns the share, between 0 and 1, or None.
-PLAN = "memory_plan"
-
 _inside = threading.local()
 # id of a config -> itself (weakly), and the learning rate that was left at its default
 _rates: dict[int, tuple[weakref.ref[Any], float]] = {}
@@ -120,9 +86,8 @@ def _eight_bit(config: Any) -> bool:
     return not getattr(config, "use_cpu", False) and torch.cuda.is_available() and _bitsandbytes()
 
 
-def _defaults(context: Context, config: Any) -> tuple[Default, ...]:
-    plan = context.providers.get(PLAN)
-    found = table(eight_bit=_eight_bit(config), utilization=None if plan is None else plan(config))
+def _defaults(config: Any) -> tuple[Default, ...]:
+    found = table(eight_bit=_eight_bit(config))
     sharded = getattr(config, "deepspeed", None) or getattr(config, "fsdp", None)
     for launcher in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         sharded = sharded or os.environ.get(launcher, "false").lower() == "true"
@@ -142,7 +107,7 @@ def _fix(context: Context, config: Any) -> listing.Listing | None:
         values,
         free,
         given.given(config) or (),
-        defaults=_defaults(context, config),
+        defaults=_defaults(config),
         names=context.defaults,
         world_size=_world_size(config),
         evaluates=_evaluates(config),
@@ -198,19 +163,6 @@ def _post_init(context: Context, wrapped: Any, config: Any, args: tuple[Any, ...
     return result
 
 
-def _init(wrapped: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given.note(config, getattr(wrapped, "__func__", wrapped), args, kwargs)
-    return wrapped(*args, **kwargs)
-
-
-def _init_subclass(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    result = wrapped(*args, **kwargs)
-    cls = wrapped.__self__  # wrapt knows no instance for a classmethod of object
-    if cls.__module__.partition(".")[0] not in UPSTREAM:
-        given.watch_subclass(cls)
-    return result
-
-
 def _trains_lora(model: Any) -> bool:
     configs = getattr(model, "peft_config", None)
     kinds = [getattr(c, "peft_type", "") for c in configs.values()] if isinstance(configs, dict) else []
@@ -238,52 +190,14 @@ def _set_rate(trainer: Any, model: Any, config: Any, optimizers: Any) -> None:
         config.learning_rate = rate  # the same config served a trainer with a LoRA before
 
 
-def _parse(wrapped: Any, parser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with given.parsing() as named:
-        named |= vars(parser).get("_rlpatch_named", set())
-        return wrapped(*args, **kwargs)
-
-
-def _parse_known(wrapped: Any, parser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    result = wrapped(*args, **kwargs)
-    named = given.named_by_parser()
-    if named is not None:
-        before = [(action, action.default) for action in parser._actions]
-        defaults, parser._defaults = parser._defaults, {}
-        try:
-            for action, _ in before:
-                action.default = argparse.SUPPRESS
-            namespace, _ = wrapped(*args[:1], **{**kwargs, "namespace": argparse.Namespace()})
-        finally:
-            parser._defaults = defaults
-            for action, default in before:
-                action.default = default
-        named |= set(vars(namespace))
-    return result
-
-
-def _parser_defaults(wrapped: Any, parser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    vars(parser).setdefault("_rlpatch_named", set()).update(kwargs)
-    return wrapped(*args, **kwargs)
-
-
 def _patches(context: Context) -> list[Patch]:
     def post_init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _post_init(context, wrapped, instance, args, kwargs)
 
-    patches = []
-    for module, kind in CLASSES:
-        patches += [
-            Patch(module, f"{kind}.__init__", _init),
-            Patch(module, f"{kind}.__post_init__", post_init),
-            Patch(module, f"{kind}.__init_subclass__", _init_subclass),
-        ]
     return [
-        *patches,
+        *watching(),
+        *(Patch(module, f"{kind}.__post_init__", post_init) for module, kind in CLASSES),
         Patch("transformers.trainer", "Trainer.__init__", _trainer_init),
-        *(Patch(module, "HfArgumentParser.parse_args_into_dataclasses", _parse) for module in PARSERS),
-        *(Patch(module, "HfArgumentParser.parse_known_args", _parse_known) for module in PARSERS),
-        Patch("trl.scripts.utils", "TrlParser.set_defaults_with_config", _parser_defaults),
     ]
 
 
@@ -304,9 +218,6 @@ ADAPTER = Adapter(
     relies_on=(
         *(Relies(f"trl.trainer.grpo_config:GRPOConfig.{name}") for name in (GENERATIONS, GENERATION, STEPS)),
         Relies("trl.trainer.grpo_config:GRPOConfig.__post_init__"),
-        *(
-            Relies(f"transformers.hf_argparser:HfArgumentParser.{name}")
-            for name in ("parse_args_into_dataclasses", "parse_known_args")
-        ),
+        *RELIES,
     ),
 )

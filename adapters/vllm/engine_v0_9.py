@@ -9,12 +9,18 @@ Delete when: TRL lets a script pass engine arguments, or vLLM has a plugin point
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 from rlpatch.adapters.vllm._reach import REACHED
 from rlpatch.patching import Patch, Wrapper
 from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
+
+if TYPE_CHECKING:
+    from rlpatch.memory.budget import Release
+
+_CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB; overrides every argument
 
 # How many positional arguments mean that lora_request is among them. ``generate(prompts, sampling_params,
 # prompt_token_ids, use_tqdm, lora_request)`` up to 0.10.1, keyword-only since; ``chat(messages, sampling_params,
@@ -36,10 +42,29 @@ def _init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
         pair.wants_standby or pair.upstream_sleep
     ) and current_platform.is_sleep_mode_available()
     kwargs.update(pair.engine_arguments())
+    kwargs.update(pair.plan_memory(kwargs, _release()))
     with pair.compiling(kwargs):
         wrapped(*args, **kwargs)
     pair.joined(instance)
     return None
+
+
+def _release() -> Release:
+    """What a memory plan has to know of this vLLM."""
+    from dataclasses import fields
+
+    from vllm import envs
+    from vllm.engine.arg_utils import EngineArgs
+
+    from rlpatch.adapters.vllm._platform import on_cpu
+    from rlpatch.memory.budget import Release
+
+    space = os.environ.get(_CPU_SPACE)
+    return Release(
+        takes_bytes="kv_cache_memory_bytes" in {entry.name for entry in fields(EngineArgs)},
+        counts_graphs=bool(getattr(envs, "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", False)),
+        sized_by=f"{_CPU_SPACE}={space}" if space and on_cpu() else None,
+    )
 
 
 def _rolled(lora_request: int) -> Wrapper:
@@ -102,6 +127,12 @@ ADAPTER = Adapter(
         Relies("vllm.engine.arg_utils:EngineArgs", parameters=("enable_sleep_mode", "quantization", "seed")),
         # rlpatch.load, as TRL: needs shared weights, hence not asked of older releases
         Relies("vllm.engine.arg_utils:EngineArgs.logprobs_mode", versions=">=0.17"),
+        # the memory plan; before, by its utilization alone
+        Relies(
+            "vllm.engine.arg_utils:EngineArgs",
+            parameters=("gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+        ),
+        Relies("vllm.engine.arg_utils:EngineArgs.kv_cache_memory_bytes", versions=">=0.10.2"),
         Relies("vllm.platforms:current_platform"),
         Relies("vllm.platforms.interface:Platform.is_sleep_mode_available"),
         *REACHED,

@@ -63,26 +63,19 @@ LORA_LEARNING_RATE = Default(
 )
 
 
-def table(*, eight_bit: bool, utilization: float | None = None) -> tuple[Default, ...]:
+def table(*, eight_bit: bool) -> tuple[Default, ...]:
     """The defaults, in the order of the listing; `LORA_LEARNING_RATE` follows when the trainer is built.
 
     Args:
         eight_bit: bitsandbytes works here, so that the optimizer's state can be kept in 8 bits.
-        utilization: Share of the device for vLLM, from a memory plan; None: left as it is.
     """
     state = (
         Default("optim", "adamw_8bit", "two moments of one byte each per weight instead of four (bitsandbytes)")
         if eight_bit
         else Default("optim", "adamw_torch_fused", "one kernel for all weights, no temporary copies (no bitsandbytes)")
     )
-    plan = (
-        ()
-        if utilization is None
-        else (Default("vllm_gpu_memory_utilization", utilization, "what the memory plan leaves for vLLM"),)
-    )
     return (
         Default("vllm_mode", "colocate", "one GPU holds trainer and engine"),
-        *plan,
         Default(TRAIN, 4, "half the activations of 8 in each pass"),
         Default(ACCUMULATION, 2, "the effective batch of 8 stays"),
         Default(GENERATIONS, 8, "the group's mean and deviation, hence the advantage, come from 8 samples"),
@@ -97,7 +90,7 @@ def table(*, eight_bit: bool, utilization: float | None = None) -> tuple[Default
 
 
 NAMES: tuple[str, ...] = (
-    *(entry.field for entry in table(eight_bit=False, utilization=0.0)),
+    *(entry.field for entry in table(eight_bit=False)),
     LEARNING_RATE,
     DIVISIBILITY,
 )

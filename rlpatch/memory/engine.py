@@ -12,7 +12,7 @@ _VOCAB_PAD = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py DEFAUL
 _SAMPLER = 22  # bytes per logit of a sampled row: bf16 and float32 logits, sorted values and indices, probabilities
 _PIECE = MIB // 4  # of a captured layer and size, graph pool included; see docs/memory.md
 _FULL_GRAPH = 2 * MIB  # of a whole-model graph
-_AUTO = {"auto": None}
+CONTEXT = 640 * MIB  # CUDA context and loaded kernels of a process
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Engine:
     counts_weights: bool = False
     counts_graphs: bool = True
     workspace: int = 192 * MIB
-    context: int = 640 * MIB
+    context: int = CONTEXT
     nccl: int = 1024 * MIB
 
     def __post_init__(self) -> None:

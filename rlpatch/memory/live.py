@@ -87,6 +87,10 @@ def describe(
         asked = max(longest - completion, 0) if longest else PROMPT
         if not longest:
             notes.append(f"the config bounds no prompts: {PROMPT} tokens assumed")
+    beside = getattr(trainer_or_args, "ref_model", None)  # a trainer's exists before its engine does
+    own = getattr(trainer_or_args, "optimizer", None) is not None
+    if own:
+        notes.append("the trainer was given an optimizer of its own")
     batch, accumulation = _of(args, "per_device_train_batch_size", 8), _of(args, "gradient_accumulation_steps", 1)
     steps = _of(args, "steps_per_generation", None) or accumulation
     training = Training(
@@ -97,14 +101,15 @@ def describe(
         dtype=dtype,
         compute=mixed if width(mixed) <= width(dtype) else dtype,
         masters=masters and not adapters,
-        optim=_optim(_of(args, "optim", "adamw_torch_fused"), notes),
+        optim="unknown" if own else _optim(_of(args, "optim", "adamw_torch_fused"), notes),
         batch=batch,
         prompt=asked,
         completion=completion,
         accumulation=accumulation,
         generate_every=steps * _of(args, "num_iterations", 1),
         checkpointing=bool(_of(args, "gradient_checkpointing", True)),
-        reference=bool(_of(args, "beta", 0.0)) and not adapters,
+        reference=beside is not None or (bool(_of(args, "beta", 0.0)) and not adapters),
+        reference_dtype=_dtype(beside, [], False) if hasattr(beside, "named_parameters") else None,
         head=TILES if head == FULL and _of(args, "use_liger_kernel", False) else head,
         attention=_attention(base.config),
         processes=_of(args, "world_size", 1),

@@ -139,11 +139,6 @@ def test_what_is_no_group_is_left_to_trl(value: Any) -> None:
     assert "num_generations" not in fixed(GRPO, num_generations=value)
 
 
-def test_a_plan_sets_the_utilization() -> None:
-    found = fix(GRPO, GRPO.keys(), defaults=table(eight_bit=True, utilization=0.55))
-    assert Change("vllm_gpu_memory_utilization", 0.3, 0.55, "what the memory plan leaves for vLLM") in found.changes
-
-
 @hypothesis_settings(max_examples=400)
 @hypothesis_given(
     st.sampled_from([GRPO, RLOO, GOLD]),

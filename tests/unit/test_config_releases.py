@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from rlpatch.adapters.trl import batch_check_v0_18
-from rlpatch.adapters.trl.config_v0_18 import CLASSES
+from rlpatch.adapters.trl._configs import CLASSES
 from rlpatch.config.batching import FIELDS, Batching, Layout, solve
 from rlpatch.config.defaults import fix, table
 from rlpatch.errors import UsageError

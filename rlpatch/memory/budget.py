@@ -1,0 +1,217 @@
+"""The plan in force: what a trainer's engine is built with, decided from its real arguments just before it is built.
+
+Arithmetic and words; what the device holds is told by a `Room`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlpatch.errors import UsageError
+from rlpatch.memory.live import describe
+from rlpatch.memory.planning import Plan, plan
+from rlpatch.memory.sizes import show
+from rlpatch.memory.training import TILES
+
+logger = logging.getLogger("rlpatch")
+
+SETTING = "vllm_gpu_memory_utilization"  # TRL's
+_SIZED = ("kv_cache_memory_bytes", "num_gpu_blocks_override")  # arguments of ``LLM`` that size the KV cache outright
+_SPARE = 256  # tokens; vLLM's blocks may be larger than the plan's 16, and the first one is never used
+_LEAST = 1e-4  # vLLM refuses a share of 0
+# arguments of ``LLM`` -> fields of `rlpatch.memory.Engine`
+_FIELDS = {
+    "max_num_seqs": "max_num_seqs",
+    "max_num_batched_tokens": "max_num_batched_tokens",
+    "max_model_len": "max_model_len",
+    "enforce_eager": "eager",
+    "kv_cache_dtype": "kv_dtype",
+    "block_size": "block_size",
+}
+
+
+@dataclass(frozen=True)
+class Room:
+    """The device as it is found, in bytes.
+
+    Attributes:
+        total: Its memory.
+        taken: Held, or soon to be held, by others than the trainer's own models: other processes, reward models.
+        limit: What trainer and engine may take of it; None: all that is left.
+    """
+
+    total: int
+    taken: int = 0
+    limit: int | None = None
+
+    @property
+    def others(self) -> int:
+        """What the plan may not count on."""
+        return max(self.taken, self.total - min(self.total, self.limit or self.total))
+
+
+@dataclass(frozen=True)
+class Release:
+    """How this vLLM can be told.
+
+    Attributes:
+        takes_bytes: It has ``kv_cache_memory_bytes`` (from 0.10.2); else the plan's utilization has to do.
+        counts_graphs: See `rlpatch.memory.Engine`.
+        sized_by: What else sizes the KV cache, whatever the arguments say (``VLLM_CPU_KVCACHE_SPACE=4``), or None.
+    """
+
+    takes_bytes: bool = True
+    counts_graphs: bool = True
+    sized_by: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """A trainer about to build its engine.
+
+    Attributes:
+        trainer: TRL's; its ``args`` are read.
+        model: What it trains, adapters around it or not.
+        left_alone: The user left `SETTING` at TRL's default.
+        masters: See `rlpatch.memory.describe`.
+        head: See `rlpatch.memory.Training`.
+    """
+
+    trainer: Any
+    model: Any
+    left_alone: bool
+    masters: bool = False
+    head: str = TILES
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of the plan for one engine.
+
+    Attributes:
+        applied: The engine's KV cache has the plan's size.
+        reason: Why, or why not.
+        plan: None where none was made.
+        arguments: Those of ``LLM`` that follow.
+        warnings: To be said once.
+    """
+
+    applied: bool
+    reason: str
+    plan: Plan | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        made = self.plan
+        if made is None or not self.applied:
+            return f"memory plan: not applied: {self.reason}"
+        return (
+            f"memory plan: {show(made.kv_cache_memory_bytes)} of KV cache ({made.kv_tokens:,} tokens); beside it "
+            f"{show(made.generating)} stay resident, and training peaks at {show(made.training)}, of "
+            f"{show(made.available)} ({self.reason})"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``status()``; sizes in bytes, by term what is resident in which phase."""
+        found: dict[str, Any] = {"applied": self.applied, "reason": self.reason}
+        if self.plan is None:
+            return found
+        made = self.plan
+        return {
+            **found,
+            "arguments": dict(self.arguments),
+            "warnings": list(self.warnings),
+            "kv_cache_memory_bytes": made.kv_cache_memory_bytes,
+            "gpu_memory_utilization": made.gpu_memory_utilization,
+            "device": made.device,
+            "available": made.available,
+            "generating": made.generating,
+            "training": made.training,
+            "rollout_context": made.rollout_context,
+            "training_context": made.training_context,
+            "refusal": made.refusal,
+            "terms": [{"name": t.name, "bytes": t.bytes, "resident": t.resident, "exact": t.exact} for t in made.terms],
+        }
+
+
+def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Release) -> Decision:
+    """The plan for the engine that is built with `arguments` (of ``vllm.LLM``), and what it changes in them.
+
+    Raises:
+        UsageError: the utilization was left alone and the plan does not fit: names the term that is too large, by how
+            much, and the remedy.
+    """
+    sized = next((f"{name}={arguments[name]}" for name in _SIZED if arguments.get(name) is not None), release.sized_by)
+    if sized is not None:
+        return Decision(False, f"the KV cache is sized by {sized}")
+    given = None if budget.left_alone else arguments.get("gpu_memory_utilization")
+    try:
+        made, positions = _plan(budget, arguments, room, release, given)
+    except UsageError as error:
+        reason = f"no plan can be made: {error}"
+        if budget.left_alone:
+            reason += f"; {SETTING}={arguments.get('gpu_memory_utilization')} stays"
+        return Decision(False, reason, warnings=(f"memory plan: {reason}",) if budget.left_alone else ())
+    if not any(term.name == "weights, shared" for term in made.terms):
+        return Decision(False, "trainer and engine have different dtypes, and share nothing", made)
+    if not budget.left_alone:
+        refusal = () if made.refusal is None else (f"{SETTING}={given} was given; by the plan {made.refusal}",)
+        warnings = tuple(f"memory plan: {text}" for text in (*made.warnings, *refusal))
+        return Decision(False, f"{SETTING}={given} was given", made, warnings=warnings)
+    if made.refusal is not None:
+        raise UsageError(
+            f"the memory plan does not fit: {made.refusal}. {_counted_on(room)}To build the engine all the same, set "
+            f"{SETTING}, or rlpatch.apply(memory_plan=False)"
+        )
+    found: dict[str, Any] = {"gpu_memory_utilization": max(made.gpu_memory_utilization, _LEAST)}
+    reason = f"{SETTING} was left alone"
+    if release.takes_bytes:
+        found["kv_cache_memory_bytes"] = made.kv_cache_memory_bytes
+    longest = made.kv_tokens - made.kv_tokens % _SPARE - _SPARE
+    if arguments.get("max_model_len") is None and 0 < longest < positions * _stretch(budget.model):
+        # vLLM would take the model's longest sequence, and refuse to start with a KV cache that cannot hold it
+        found["max_model_len"] = min(longest, positions)
+        reason += (
+            f"; max_model_len={min(longest, positions)}, because the KV cache cannot hold the model's longest sequence"
+        )
+    return Decision(True, reason, made, found, tuple(f"memory plan: {text}" for text in made.warnings))
+
+
+def _plan(
+    budget: Budget, arguments: Mapping[str, Any], room: Room, release: Release, utilization: float | None
+) -> tuple[Plan, int]:
+    """The plan, and the positions that the model was made for."""
+    fields = {ours: arguments[name] for name, ours in _FIELDS.items() if arguments.get(name) is not None}
+    if arguments.get("enable_lora"):
+        fields |= {"lora_slots": arguments.get("max_loras") or 1, "lora_rank": arguments.get("max_lora_rank") or 16}
+    dtype = arguments.get("dtype")
+    shape, training, engine = describe(
+        budget.trainer,
+        budget.model,
+        masters=budget.masters,
+        head=budget.head,
+        engine_dtype=None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
+        # two copies are never needed: where they do not fit, the engine takes the weights tensor by tensor
+        engine={**fields, "counts_graphs": release.counts_graphs, "load_copies": 1},
+    )
+    made = plan(shape, training, engine, room.total, others=room.others, utilization=utilization)
+    return made, shape.positions
+
+
+def _stretch(model: Any) -> float:
+    """By how much the config's rotary embedding stretches its positions, at most."""
+    config = getattr(model, "config", None)
+    scaled = (getattr(config, name, None) for name in ("rope_scaling", "rope_parameters"))
+    factors = [entry.get("factor") for entry in scaled if isinstance(entry, Mapping)]
+    return max([1.0, *(float(factor) for factor in factors if isinstance(factor, (int, float)))])
+
+
+def _counted_on(room: Room) -> str:
+    if not room.others:
+        return ""
+    why = "the limit" if room.limit is not None and room.total - room.limit >= room.taken else "others"
+    return f"({show(room.total - room.others)} of the device's {show(room.total)} count; {why} take the rest.) "

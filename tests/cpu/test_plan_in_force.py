@@ -1,0 +1,164 @@
+"""The memory plan at work: real trainers, whose engines get the KV cache that the plan leaves for them.
+
+A CPU has no memory of its own to plan with, so a size is given to it: ``apply(memory_plan="1400MiB")``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, HfArgumentParser
+
+import rlpatch
+from rlpatch import doctor, phases
+from rlpatch.demo import worker
+from rlpatch.errors import UsageError
+
+pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
+
+SIZE = 1400 << 20
+SETTING = "vllm_gpu_memory_utilization"
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def build(tiny_model: str, tmp_path: Path) -> Iterator[Build]:
+    """``build(plan, …)``: a trainer made as a script makes it; ``engine`` fills in arguments of ``vllm.LLM``."""
+
+    def make(
+        plan: Any = SIZE, config: Any = None, model: Any = None, engine: dict[str, Any] | None = None, **fields: Any
+    ) -> Any:
+        rlpatch.apply(memory_plan=plan)
+        patches = worker.engine_defaults(**{"dtype": "float32", "enforce_eager": True, **(engine or {})})
+        patches.apply()
+        try:
+            return trl.GRPOTrainer(
+                model=model or AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+                args=config or trl.GRPOConfig(**arguments(tmp_path, **fields)),
+                reward_funcs=worker.reward_target_words,
+                train_dataset=Dataset.from_dict({"prompt": ["w1 w2 w3"] * 8}),
+            )
+        finally:
+            patches.revert()
+
+    yield make
+    rlpatch.revert()
+
+
+def arguments(folder: Path, **fields: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder), "use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 96,
+        "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 16, "max_steps": 1,
+        "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+        "learning_rate": 1e-3, "disable_tqdm": True, "logging_steps": 1, **fields,
+    }  # fmt: skip
+
+
+def cache_of(trainer: Any) -> Any:
+    return worker.engine_of(trainer).llm_engine.vllm_config.cache_config
+
+
+def planned() -> dict[str, Any]:
+    (pair,) = rlpatch.status().pairs
+    made: dict[str, Any] = pair["memory_plan"]
+    return made
+
+
+def test_the_engine_has_the_plan_s_cache(build: Build, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "rlpatch"):
+        trainer = build()
+    made, cache = planned(), cache_of(trainer)
+    assert made["applied"] and made["reason"] == f"{SETTING} was left alone"
+    assert cache.kv_cache_memory_bytes == made["kv_cache_memory_bytes"]
+    assert 0 <= SIZE - made["generating"] - made["kv_cache_memory_bytes"] < 64 << 10
+    engine = phases.live()[0].engine
+    assert engine is not None
+    with phases.live()[0].rollout():
+        resident = sum(tensor.untyped_storage().nbytes() for tensor in engine.kv_tensors())
+    assert 0.9 * made["kv_cache_memory_bytes"] < resident <= made["kv_cache_memory_bytes"]
+    assert sum(term["bytes"] for term in made["terms"] if term["resident"] != "training") == made["generating"]
+    assert "MiB of KV cache" in caplog.text
+    findings = {finding.title: finding.detail for finding in doctor.diagnose().findings}
+    (detail,) = (text for title, text in findings.items() if title.startswith("the memory plan sizes the KV cache"))
+    assert "weights, shared" in detail and "Training:" in detail
+    trainer.train()
+    assert trainer.state.log_history[0]["sampling/sampling_logp_difference/mean"] < 2e-6
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_built(build: Build, tiny_model: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    others = len(phases.live())
+    with pytest.raises(
+        UsageError, match=r"the memory plan does not fit: training needs .* more than the 600.0 MiB"
+    ) as e:
+        build("600MiB", model=model)
+    assert "memory_plan=False" in str(e.value) and "The largest that can be changed is" in str(e.value)
+    assert len(phases.live()) == others and phases.building() is None
+    for name, parameter in model.named_parameters():
+        pointer, value = before[name]
+        assert parameter.data_ptr() == pointer and torch.equal(parameter, value)
+    build(SIZE, model=model).train()  # the very same model can be trained with a plan that fits
+
+
+def test_a_given_utilization_wins_and_a_contradiction_is_one_warning(
+    build: Build, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # or the profiling of an engine without a size takes half a minute
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    share = (used + (400 << 20)) / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with caplog.at_level(logging.WARNING, "rlpatch"):
+        trainer = build(**{SETTING: share})
+    assert cache_of(trainer).kv_cache_memory_bytes is None and cache_of(trainer).gpu_memory_utilization == share
+    assert planned()["reason"] == f"{SETTING}={share} was given"
+    (text,) = [record.getMessage() for record in caplog.records if "memory plan" in record.getMessage()]
+    assert f"gpu_memory_utilization={share:g} cannot be honoured" in text and "Leave it unset, or set it to" in text
+
+
+def test_a_default_that_was_passed_is_given(build: Build, tmp_path: Path) -> None:
+    """Passed by hand, assigned or named on the command line, TRL's own default is the user's."""
+    default = trl.GRPOConfig.__dataclass_fields__[SETTING].default
+    rlpatch.apply(memory_plan=SIZE)
+    from rlpatch.adapters.trl.memory_plan_v0_18 import left_alone
+
+    assert left_alone(trl.GRPOConfig(**arguments(tmp_path)))
+    assert not left_alone(trl.GRPOConfig(**arguments(tmp_path, **{SETTING: default})))
+    config = trl.GRPOConfig(**arguments(tmp_path))
+    setattr(config, SETTING, 0.5)
+    assert not left_alone(config)
+    line = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False"]
+    for extra, alone in (([], True), ([f"--{SETTING}", str(default)], False)):
+        (parsed,) = HfArgumentParser(trl.GRPOConfig).parse_args_into_dataclasses([*line, *extra])
+        assert left_alone(parsed) is alone
+    trainer = build(engine={"num_gpu_blocks_override": 64})
+    assert planned()["reason"] == "the KV cache is sized by num_gpu_blocks_override=64"
+    assert cache_of(trainer).num_gpu_blocks == 64
+
+
+@pytest.mark.parametrize(
+    ("apply", "why"),
+    [
+        ({"memory_plan": False}, "switched off"),
+        ({"memory_plan": SIZE, "standby": False}, "the KV cache stays resident: standby is off"),
+        ({"memory_plan": SIZE, "share_weights": False}, "the weights are not shared: share_weights is off"),
+        ({}, "no device memory to plan on the CPU"),
+    ],
+)
+def test_where_there_is_no_plan_status_says_why(
+    build: Build, monkeypatch: pytest.MonkeyPatch, apply: dict[str, Any], why: str
+) -> None:
+    original = rlpatch.apply
+    monkeypatch.setattr(rlpatch, "apply", lambda **_: original(**apply))
+    trainer = build(engine={"kv_cache_memory_bytes": 16 << 20})
+    assert not planned()["applied"] and why in planned()["reason"]
+    assert cache_of(trainer).kv_cache_memory_bytes == 16 << 20

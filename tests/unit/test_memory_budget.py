@@ -1,0 +1,228 @@
+"""What the plan decides for an engine about to be built; trainers, models and the device's size are stand-ins."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlpatch import settings
+from rlpatch.errors import UsageError
+from rlpatch.memory.budget import Budget, Decision, Release, Room, decide
+from rlpatch.memory.sizes import GIB, MIB
+
+QWEN3_8B: dict[str, Any] = dict(
+    model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, dtype="bfloat16",
+)  # fmt: skip
+# what TRL hands to ``vllm.LLM``
+ARGUMENTS: dict[str, Any] = dict(
+    model="8b", tensor_parallel_size=1, gpu_memory_utilization=0.3, max_model_len=None, max_num_seqs=8,
+    max_num_batched_tokens=4096, model_impl="vllm",
+)  # fmt: skip
+
+
+class Weight:
+    """A parameter without memory."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str = "bfloat16") -> None:
+        self.shape, self.dtype, self.requires_grad = shape, f"torch.{dtype}", True
+
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    def is_floating_point(self) -> bool:
+        return True
+
+
+class Model:
+    """A transformers model, as far as the description reads one."""
+
+    def __init__(self, dtype: str = "bfloat16", **config: Any) -> None:
+        fields = {**QWEN3_8B, **config}
+        self.config = SimpleNamespace(to_dict=lambda: fields, _name_or_path="8b", **fields)
+        self.weight = Weight((8_190_735_360,), dtype)
+
+    def named_parameters(self) -> Any:
+        return [("weight", self.weight)]
+
+    def parameters(self) -> Any:
+        return [weight for _, weight in self.named_parameters()]
+
+
+class Adapted(Model):
+    """The same with a LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peft_config = {"default": SimpleNamespace(r=8, target_modules=None)}
+        self.weight.requires_grad = False
+
+    def named_parameters(self) -> Any:
+        return [("weight", self.weight), ("layer.lora_A.weight", Weight((8, 4096)))]
+
+
+def budget(left_alone: bool = True, model: Any = None, **args: Any) -> Budget:
+    fields = {"optim": "adamw_8bit", "max_completion_length": 256, "bf16": True, "per_device_train_batch_size": 8}
+    model = model or Model()
+    return Budget(SimpleNamespace(args=SimpleNamespace(**{**fields, **args}), model=model), model, left_alone)
+
+
+def decided(
+    own: Budget | None = None, room: Room | None = None, release: Release | None = None, **arguments: Any
+) -> Decision:
+    return decide(own or budget(), {**ARGUMENTS, **arguments}, room or Room(141 * GIB), release or Release())
+
+
+def test_the_plan_sizes_the_cache() -> None:
+    made = decided()
+    assert made.applied and made.plan is not None and not made.warnings
+    assert made.arguments["kv_cache_memory_bytes"] == made.plan.kv_cache_memory_bytes > 40 * GIB
+    # vLLM refuses to start where its share of the device is not free: the weights are there already
+    assert made.arguments["gpu_memory_utilization"] * 141 * GIB <= 141 * GIB - 16_381_470_720
+    assert made.as_dict()["generating"] + made.as_dict()["kv_cache_memory_bytes"] <= 141 * GIB
+    assert "of KV cache" in str(made) and "was left alone" in str(made)
+
+
+def test_releases_without_bytes_get_the_share_alone() -> None:
+    made = decided(release=Release(takes_bytes=False))
+    assert set(made.arguments) == {"gpu_memory_utilization"} and made.arguments["gpu_memory_utilization"] != 0.3
+
+
+@pytest.mark.parametrize("name", ["kv_cache_memory_bytes", "num_gpu_blocks_override"])
+def test_a_cache_sized_otherwise_stays(name: str) -> None:
+    made = decided(**{name: 4096})
+    assert not made.applied and not made.arguments and f"{name}=4096" in made.reason
+    assert "VLLM_CPU_KVCACHE_SPACE=4" in decided(release=Release(sized_by="VLLM_CPU_KVCACHE_SPACE=4")).reason
+
+
+def test_a_given_utilization_wins() -> None:
+    made = decided(budget(False), gpu_memory_utilization=0.25)
+    assert not made.applied and not made.arguments and not made.warnings and "0.25 was given" in made.reason
+
+
+def test_a_given_utilization_that_contradicts_is_told_once_with_both_numbers() -> None:
+    made = decided(budget(False), gpu_memory_utilization=0.9)
+    assert not made.arguments
+    (warning,) = made.warnings
+    assert (
+        "gpu_memory_utilization=0.9" in warning
+        and "asks for a KV cache of" in warning
+        and " fit. Leave it unset" in warning
+    )
+
+
+def test_a_given_utilization_is_no_error_where_the_plan_does_not_fit() -> None:
+    made = decided(budget(False), Room(20 * GIB), gpu_memory_utilization=0.3)
+    assert not made.arguments and any("were given" in w or "was given; by the plan" in w for w in made.warnings)
+
+
+def test_what_does_not_fit_is_an_error_that_names_the_term() -> None:
+    with pytest.raises(UsageError) as caught:
+        decided(room=Room(40 * GIB))
+    text = str(caught.value)
+    assert (
+        "training needs" in text and "more than the 40.00 GiB" in text and "The largest that can be changed is" in text
+    )
+    assert "try " in text and "memory_plan=False" in text and "vllm_gpu_memory_utilization" in text
+
+
+def test_others_and_a_limit_are_left_out() -> None:
+    whole = decided().arguments["kv_cache_memory_bytes"]
+    taken = decided(room=Room(141 * GIB, taken=30 * GIB)).arguments["kv_cache_memory_bytes"]
+    limited = decided(room=Room(141 * GIB, taken=10 * GIB, limit=111 * GIB)).arguments["kv_cache_memory_bytes"]
+    assert taken == limited and abs(whole - taken - 30 * GIB) < 4 * MIB
+    assert Room(10, limit=20).others == 0
+    with pytest.raises(UsageError, match=r"20.00 GiB of the device's 141.00 GiB count; the limit"):
+        decided(room=Room(141 * GIB, taken=10 * GIB, limit=20 * GIB))
+    with pytest.raises(UsageError, match="others take the rest"):
+        decided(room=Room(141 * GIB, taken=121 * GIB))
+
+
+def test_an_unknown_architecture_is_one_warning() -> None:
+    made = decided(budget(model=Model(kv_lora_rank=512)))
+    assert not made.applied and not made.arguments and made.plan is None
+    (warning,) = made.warnings
+    assert "no plan can be made" in warning and "vllm_gpu_memory_utilization=0.3 stays" in warning
+    assert not decided(budget(False, model=Model(kv_lora_rank=512))).warnings
+
+
+def test_weights_of_two_dtypes_are_not_shared() -> None:
+    made = decided(budget(model=Model("float32"), bf16=False))
+    assert not made.applied and not made.arguments and "different dtypes" in made.reason
+
+
+def test_the_engine_s_longest_sequence_fits_its_cache() -> None:
+    """vLLM takes the model's where TRL gives none, and does not start when the KV cache cannot hold it."""
+    made = decided(budget(model=Adapted(), per_device_train_batch_size=2), Room(22 * GIB), max_num_seqs=2)
+    assert made.applied and made.plan is not None and made.plan.kv_tokens < 40960
+    length = made.arguments["max_model_len"]
+    assert 0 < length < made.plan.kv_tokens and f"max_model_len={length}" in made.reason
+    assert "max_model_len" not in decided().arguments
+    stretched = Model(rope_scaling={"rope_type": "yarn", "factor": 40.0})
+    assert decided(budget(model=stretched)).arguments["max_model_len"] == 40960
+
+
+def test_what_the_engine_is_built_with_counts() -> None:
+    plain = decided(max_model_len=2048).plan
+    assert plain is not None
+    eager = decided(max_model_len=2048, enforce_eager=True).plan
+    slots = decided(max_model_len=2048, enable_lora=True, max_loras=1, max_lora_rank=64).plan
+    fp8 = decided(max_model_len=2048, kv_cache_dtype="fp8").plan
+    assert eager is not None and slots is not None and fp8 is not None
+    assert eager.kv_cache_memory_bytes > plain.kv_cache_memory_bytes > slots.kv_cache_memory_bytes
+    assert fp8.block_bytes * 2 == plain.block_bytes
+    assert not any(term.name == "CUDA graphs" for term in eager.terms)
+
+
+def test_a_reference_model_and_an_optimizer_that_are_there_count_as_they_are() -> None:
+    own = budget(beta=0.04)
+    own.trainer.ref_model = Model("float32")
+    made = decided(own, Room(200 * GIB)).plan
+    assert made is not None and made["reference model"].bytes == 4 * 8_190_735_360
+    own = budget()
+    own.trainer.optimizer = object()
+    made = decided(own, Room(200 * GIB)).plan
+    assert made is not None and made["optimizer state"].bytes == 8 * 8_190_735_360
+    assert "the trainer was given an optimizer of its own" in made.notes
+
+
+# ---- the setting -----------------------------------------------------------------------------------------------------
+
+RESOLVE: dict[str, Any] = dict(
+    standby=None, share_weights=None, defaults=None, lora=None, include=None, exclude=None, strict=None,
+    known=("memory_plan",),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(None, True), (True, True), (False, False), ("40GiB", 40 * GIB), (1 << 30, GIB), ("8 GB", 8 * 10**9)],
+)
+def test_the_setting(value: Any, found: Any) -> None:
+    resolved = settings.resolve(**RESOLVE, memory_plan=value)
+    assert resolved.memory_plan == found and type(resolved.memory_plan) is type(found)
+    assert resolved.wants("memory_plan") is bool(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("0", False), ("off", False), ("1", True), ("", True), ("40GiB", 40 * GIB)]
+)
+def test_the_variable(text: str, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLPATCH_MEMORY_PLAN", text)
+    assert settings.resolve(**RESOLVE).memory_plan == found
+    assert settings.resolve(**RESOLVE, memory_plan=False).memory_plan is False
+
+
+@pytest.mark.parametrize("value", ["much", "0GiB", 1.5, -3])
+def test_an_unusable_size_is_named(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"apply\(memory_plan=…\)"):
+        settings.resolve(**RESOLVE, memory_plan=value)
+    if not isinstance(value, float):  # of a byte
+        monkeypatch.setenv("RLPATCH_MEMORY_PLAN", str(value))
+        with pytest.raises(UsageError, match="RLPATCH_MEMORY_PLAN"):
+            settings.resolve(**RESOLVE)
