@@ -95,9 +95,18 @@ def test_the_engine_has_the_plan_s_cache(build: Build, caplog: pytest.LogCapture
     assert trainer.state.log_history[0]["sampling/sampling_logp_difference/mean"] < 2e-6
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_built(build: Build, tiny_model: str) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_built(
+    build: Build, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    before: dict[str, Any] = {}
+    original = phases.Colocation.plan_memory
+
+    def plan_memory(self: Any, *args: Any) -> Any:
+        before.update({name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()})
+        return original(self, *args)
+
+    monkeypatch.setattr(phases.Colocation, "plan_memory", plan_memory)
     others = len(phases.live())
     with pytest.raises(
         UsageError, match=r"the memory plan does not fit: training needs .* more than the 600.0 MiB"
