@@ -77,6 +77,11 @@ def of_worker(worker: Any) -> Colocation | None:
     return next((pair for pair in live() if pair.engine is not None and pair.engine.worker is worker), None)
 
 
+def of_scheduler(scheduler: Any) -> Colocation | None:
+    """The pair whose engine schedules with `scheduler` (vLLM's)."""
+    return next((p for p in live() if p.standby is not None and p.standby.engine.core.scheduler is scheduler), None)
+
+
 def of_trainer(model: Any) -> Colocation | None:
     """The pair that was built for `model` before any trainer (see `rlpatch.load`), adapters around it or not."""
     get_base_model = getattr(model, "get_base_model", None)  # a PeftModel's; others have none
@@ -722,6 +727,7 @@ class Colocation:
                 "cycles": self.standby.cycles,
                 "seconds": dict(self.standby.seconds),
                 "kv_bytes_resident": self.standby.mechanism.resident_bytes(),
+                "kv_blocks": {"usable": self.standby.blocks.usable, "total": self.standby.blocks.total},
             },
             "no standby": self.standby_refusal,
             "compile": self.compilation.describe() if self.compilation is not None else None,

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from rlpatch.blocks import BlockLimit
 from rlpatch.engine import Engine, synchronize
 from rlpatch.errors import StandbyError
 
@@ -29,8 +30,12 @@ class Mechanism(Protocol):
     def release(self) -> None:
         """Pause scheduling, forget every cache that describes or uses KV memory, free that memory."""
 
-    def restore(self) -> None:
-        """Get the memory back at the same addresses (CUDA) and resume scheduling. Contents are undefined."""
+    def restore(self) -> int | None:
+        """Get the memory back at the same addresses (CUDA) and resume scheduling. Contents are undefined.
+
+        Returns:
+            How many blocks are backed, counted from block 0, if memory did not suffice for all of them; None: all.
+        """
 
     def resident_bytes(self) -> int:
         """Bytes of KV memory that are backed right now."""
@@ -42,6 +47,7 @@ class KVStandby:
     Attributes:
         released: Whether the KV cache is out right now.
         cycles: Completed releases.
+        blocks: Which of its blocks may be used.
         seconds: Seconds spent releasing and restoring, in total.
     """
 
@@ -50,6 +56,8 @@ class KVStandby:
         self.mechanism = mechanism
         self.released = False
         self.cycles = 0
+        self.blocks = BlockLimit(engine)
+        self._bytes = sum(tensor.untyped_storage().nbytes() for tensor in engine.kv_tensors())
         self.seconds = {"release": 0.0, "restore": 0.0}
 
     def release(self) -> None:
@@ -81,7 +89,7 @@ class KVStandby:
             raise StandbyError("the KV cache is not released; call release() before restoring it")
         start = time.perf_counter()
         try:
-            self.mechanism.restore()
+            backed = self.mechanism.restore()
         except (RuntimeError, MemoryError) as error:
             free = (
                 f", {torch.get_device_module(self.engine.device).mem_get_info()[0] >> 20} MiB are free"
@@ -89,11 +97,27 @@ class KVStandby:
                 else ""
             )
             raise StandbyError(
-                f"the KV cache cannot be restored: {error}{free}. Lower vllm_gpu_memory_utilization (it sized the KV "
-                "cache), or free memory before generating; the trainer and its weights are intact"
+                f"the KV cache ({self._bytes >> 20} MiB) cannot be restored: {error}{free}. Lower "
+                "vllm_gpu_memory_utilization (it sized the KV cache) or leave it unset, so that the memory plan does, or "
+                "free memory before generating; the trainer and its weights are intact"
             ) from error
         self.released = False
+        self._use(backed)
         self.seconds["restore"] += time.perf_counter() - start
+
+    def _use(self, backed: int | None) -> None:
+        before = self.blocks.usable
+        try:
+            self.blocks.use(backed)
+        except StandbyError:
+            self.release()  # nothing may be scheduled into what is not backed
+            raise
+        if self.blocks.usable < min(before, self.blocks.total):
+            logger.warning(
+                "rlpatch: the KV cache came back with %d of %d blocks: the device has no room for more (it takes %d MiB "
+                "in all); vLLM will queue or preempt what does not fit", self.blocks.usable, self.blocks.total,
+                self._bytes >> 20,
+            )  # fmt: skip
 
 
 def make_room(device: torch.device) -> None:

@@ -64,3 +64,24 @@ PAUSED = (
     Relies(f"{_CORE}.wake_up", fingerprints=("44d04935efc1", "145dae511654", "d72105ac4724", "2b96f4ef7f00")),
     Relies(f"{_CORE}.pause_scheduler", fingerprints=("e15f7a66297a", "82531c12644b")),
 )
+
+_POOL = "vllm.v1.core.block_pool:BlockPool"
+_QUEUE = "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue"
+
+# `rlpatch.blocks`
+BLOCKS = (
+    Relies("vllm.v1.core.sched.scheduler:Scheduler.add_request", positional=("request",)),
+    Relies("vllm.v1.core.sched.scheduler:Scheduler.kv_cache_manager"),
+    Relies("vllm.v1.core.sched.scheduler:Scheduler.kv_cache_config"),
+    Relies("vllm.v1.core.kv_cache_manager:KVCacheManager.block_pool"),
+    Relies(f"{_POOL}.num_gpu_blocks"),
+    Relies(f"{_POOL}.blocks"),
+    Relies(f"{_POOL}.free_block_queue"),
+    Relies(f"{_POOL}.get_num_free_blocks", contains=("return self.free_block_queue.num_free_blocks",)),
+    Relies(f"{_POOL}.get_new_blocks", contains=("num_blocks > self.get_num_free_blocks()",)),
+    Relies(f"{_POOL}.reset_prefix_cache", contains=("self.num_gpu_blocks - self.get_num_free_blocks()",)),
+    Relies(f"{_QUEUE}.remove", positional=("block",)),
+    Relies(f"{_QUEUE}.append", positional=("block",)),
+    Relies("vllm.v1.request:Request.num_prompt_tokens"),
+    Relies("vllm.v1.request:Request.max_tokens"),
+)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from rlpatch.adapters.vllm._reach import REACHED
+from rlpatch.adapters.vllm._reach import BLOCKS, REACHED
 from rlpatch.patching import Patch, Wrapper
 from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
@@ -104,6 +104,15 @@ def _wake_up(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[st
     return wrapped(*args, **kwargs)
 
 
+def _add_request(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from rlpatch import phases
+
+    pair = phases.of_scheduler(instance)
+    if pair is not None and pair.standby is not None:
+        pair.standby.blocks.check(kwargs.get("request", args[0] if args else None))
+    return wrapped(*args, **kwargs)
+
+
 def _patches(context: Context) -> list[Patch]:
     return [
         Patch("vllm.entrypoints.llm", "LLM.__init__", _init),
@@ -111,6 +120,7 @@ def _patches(context: Context) -> list[Patch]:
         Patch("vllm.entrypoints.llm", "LLM.chat", _rolled(_CHAT_LORA)),
         Patch("vllm.entrypoints.llm", "LLM.sleep", _sleep),
         Patch("vllm.entrypoints.llm", "LLM.wake_up", _wake_up),
+        Patch("vllm.v1.core.sched.scheduler", "Scheduler.add_request", _add_request),
     ]
 
 
@@ -136,5 +146,6 @@ ADAPTER = Adapter(
         Relies("vllm.platforms:current_platform"),
         Relies("vllm.platforms.interface:Platform.is_sleep_mode_available"),
         *REACHED,
+        *BLOCKS,
     ),
 )
