@@ -298,7 +298,18 @@ def status() -> Report:
 def patched(**settings: Any) -> Iterator[Report]:
     """See `rlpatch.patched`."""
     arguments = dict.fromkeys(
-        ("standby", "share_weights", "defaults", "lora", "precision", "compile", "memory_plan", "include", "exclude", "strict")
+        (
+            "standby",
+            "share_weights",
+            "defaults",
+            "lora",
+            "precision",
+            "compile",
+            "memory_plan",
+            "include",
+            "exclude",
+            "strict",
+        )
     )
     unknown = set(settings) - set(arguments)
     if unknown:

@@ -187,8 +187,9 @@ def test_every_adapter_declares_what_it_relies_on(adapter: Adapter) -> None:
 
 
 def test_targets_of_patches_are_read_from_the_adapters_files() -> None:
-    assert patch_targets("vllm/engine_v0_9").found == tuple(
-        ("vllm.entrypoints.llm", f"LLM.{name}") for name in ("__init__", "generate", "chat", "sleep", "wake_up")
+    assert patch_targets("vllm/engine_v0_9").found == (
+        *(("vllm.entrypoints.llm", f"LLM.{name}") for name in ("__init__", "generate", "chat", "sleep", "wake_up")),
+        ("vllm.v1.core.sched.scheduler", "Scheduler.add_request"),
     )
     shared = ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm")  # a Patch with a name, imported
     assert shared in patch_targets("vllm/cpu_weights_v0_27").found
