@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from rlpatch.agreement import Agreement
-from rlpatch.compilation.build import Compilation, decide
+from rlpatch.compilation.build import Compilation
+from rlpatch.compilation.build import decide as decide_compilation
 from rlpatch.compilation.profiles import named
 from rlpatch.engine import Engine
 from rlpatch.errors import StandbyError, UsageError
@@ -36,7 +37,8 @@ from rlpatch.lora.policy import (
 )  # fmt: skip
 from rlpatch.lora.slots import Slots, rank_of
 from rlpatch.lora.target import Adaptation, in_one_line
-from rlpatch.memory.budget import Budget, Decision, Release, Room, decide
+from rlpatch.memory.budget import Budget, Decision, Release, Room
+from rlpatch.memory.budget import decide as decide_memory
 from rlpatch.memory.engine import CONTEXT
 from rlpatch.registry import Context
 from rlpatch.sharing.late import Crowded, free_bytes
@@ -382,7 +384,7 @@ class Colocation:
         room = _room(self.budget, next(slot.tensor.device for slot in self.slots), self.context.memory_limit)
         if room is None:
             return Decision(False, "no device memory to plan on the CPU (apply(memory_plan='8GiB') gives it a size)")
-        return decide(self.budget, arguments, room, release)
+        return decide_memory(self.budget, arguments, room, release)
 
     def _place_adapters(self) -> None:
         """The engine is complete: make the policy, or leave the adapters to TRL after all."""
@@ -493,7 +495,7 @@ class Colocation:
             yield
             return
         name = self.context.compile
-        self.compilation = decide(name, named(name, "compile"), dialect, arguments)
+        self.compilation = decide_compilation(name, named(name, "compile"), dialect, arguments)
         arguments.update(self.compilation.arguments)
         with self.compilation.in_force():
             yield
