@@ -1,7 +1,7 @@
-"""What the adapters rely on in vLLM releases that cannot run here, looked up in the released sources.
+"""What the adapters rely on in vLLM releases that CI does not run, looked up in the released sources.
 
-vLLM 0.9.2 to 0.26 want an older torch than any build at hand, so each assumption is a row of `CLAIMS`: a symbol, its
-parameters, statements that must or must not be in it, and the releases. Where logic can be tried, the released code
+vLLM 0.9.2 to 0.26 want an older torch each, so each assumption is a row of `CLAIMS`: a symbol, its parameters, statements
+that must or must not be in it, and the releases. Where logic can be tried, the released code
 itself runs against a stand-in of what lies below it (the CUDA driver, the engine around a layer).
 Set RLPATCH_TEST_SOURCES to a folder with ``v<release>/vllm`` unpacked from vLLM's wheels or sdists.
 """
@@ -75,6 +75,7 @@ LORA_LAYERS = "lora/layers.py lora/layers/base.py lora/layers/base_linear.py lor
 LORA_MANAGER = "lora/models.py lora/model_manager.py"
 OVERRIDE, MODELS = "env_override.py", "model_executor/models/registry.py"
 COMPILATION, INTERFACE = "config/compilation.py config.py", "compilation/compiler_interface.py"
+LAYER_UTILS = "model_executor/layers/utils.py"
 WARM_UP = "model_executor/warmup/kernel_warmup.py"
 
 CLAIMS = (
@@ -250,6 +251,13 @@ CLAIMS = (
     Claim("collector_v0_30", ">=0.30", RUNNER, "GPUModelRunner._freeze_gc", has=("freeze_gc_for_cudagraph_capture",)),
     Claim("_collector", ">=0.11.1", CORE, "EngineCore.__init__", has=("freeze_gc_heap()",)),
     Claim("_collector", "<0.11.1", CORE, "EngineCore.__init__", lacks=("freeze_gc_heap",)),
+    # ---- the CPU backend's packed weights ----
+    Claim("cpu_weights_v0_9", "<0.10.2", LAYER_UTILS, "dispatch_cpu_unquantized_gemm", there=False),
+    Claim("cpu_weights_v0_9", "<0.10.2", LINEAR, "UnquantizedLinearMethod.process_weights_after_loading",
+          has=("current_platform.is_cpu() and envs.VLLM_CPU_SGL_KERNEL",)),
+    Claim("cpu_weights_v0_10", ">=0.10.2", LAYER_UTILS, "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
+    Claim("cpu_weights_v0_10", ">=0.10.2", LAYER_UTILS, "cpu_unquantized_gemm",
+          has=("layer.cpu_linear(x, weight, bias)",)),
     # ---- compile: how the engine is compiled and warmed up ----
     Claim("compile_v0_9 compile_v0_10_1 compile_v0_11_1 compile_v0_16 compile_v0_26", ">=0.9.2", OVERRIDE, "",
           has=("os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '1'",)),
