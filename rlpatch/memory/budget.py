@@ -143,7 +143,7 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
 
     Raises:
         UsageError: the utilization was left alone and the plan does not fit: names the term that is too large, by how
-            much, and the remedy.
+            much, and the remedy. What is too large by estimate alone is a warning.
     """
     sized = next((f"{name}={arguments[name]}" for name in _SIZED if arguments.get(name) is not None), release.sized_by)
     if sized is not None:
@@ -162,7 +162,10 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
         refusal = () if made.refusal is None else (f"{SETTING}={given} was given; by the plan {made.refusal}",)
         warnings = tuple(f"memory plan: {text}" for text in (*made.warnings, *refusal))
         return Decision(False, f"{SETTING}={given} was given", made, warnings=warnings)
-    if made.refusal is not None:
+    warnings = made.warnings
+    if made.refusal is not None and made.estimated:  # too little certainty to keep somebody from trying
+        warnings = (*warnings, f"by estimate {made.refusal}")
+    elif made.refusal is not None:
         raise UsageError(
             f"the memory plan does not fit: {made.refusal}. {_counted_on(room)}To build the engine all the same, set "
             f"{SETTING}, or rlpatch.apply(memory_plan=False)"
@@ -178,7 +181,7 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
         reason += (
             f"; max_model_len={min(longest, positions)}, because the KV cache cannot hold the model's longest sequence"
         )
-    return Decision(True, reason, made, found, tuple(f"memory plan: {text}" for text in made.warnings))
+    return Decision(True, reason, made, found, tuple(f"memory plan: {text}" for text in warnings))
 
 
 def _plan(

@@ -66,6 +66,7 @@ class Plan:
         training_context: Tokens (prompt and completion) up to which training fits.
         needed_blocks: Blocks with which all `sequences` run at the planned length at once; more help prefixes only.
         refusal: Why it does not fit: which term is too large, by how much, and what to do; None: it fits.
+        estimated: The refusal rests on estimated terms of training alone: what is exact fits, and so does all the rest.
         warnings: What deserves attention.
         notes: What was assumed.
     """
@@ -86,6 +87,7 @@ class Plan:
     training_context: int
     needed_blocks: int
     refusal: str | None = None
+    estimated: bool = False
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -187,6 +189,10 @@ def plan(
         notes=(*model.notes, *_notes(training)),
     )
     made = replace(made, refusal=_refusal(made, model, training, engine, weights, per_sequence, length))
+    if made.refusal is not None:
+        certain = sum(t.bytes for t in terms if t.resident != GENERATING and t.at_peak and t.exact)
+        rest_fits = max(weights, loading) <= available and blocks > per_sequence
+        made = replace(made, estimated=trains > available >= certain and rest_fits)
     if made.refusal is None and made.kv_blocks < made.needed_blocks:
         text = (
             f"the KV cache holds {made.kv_tokens:,} tokens; {engine.max_num_seqs} sequences of {length} tokens want "

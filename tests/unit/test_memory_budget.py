@@ -131,6 +131,17 @@ def test_what_does_not_fit_is_an_error_that_names_the_term() -> None:
     assert "try " in text and "memory_plan=False" in text and "vllm_gpu_memory_utilization" in text
 
 
+def test_what_is_too_large_by_estimate_alone_is_a_warning() -> None:
+    """A LoRA without checkpointing: what 8 sequences of 4,352 tokens save for the backward pass is an estimate."""
+    lora = budget(model=Adapted(), max_completion_length=4096, gradient_checkpointing=False)
+    made = decided(lora, Room(60 * GIB))
+    assert made.applied and made.plan is not None and made.plan.training > made.plan.available
+    (warning,) = [text for text in made.warnings if "training needs" in text]
+    assert warning.startswith("memory plan: by estimate training needs")
+    with pytest.raises(UsageError, match="weights of 8b take"):
+        decided(lora, Room(12 * GIB))
+
+
 def test_others_and_a_limit_are_left_out() -> None:
     whole = decided().arguments["kv_cache_memory_bytes"]
     taken = decided(room=Room(141 * GIB, taken=30 * GIB)).arguments["kv_cache_memory_bytes"]
