@@ -8,7 +8,7 @@ their sampling parameters trip over; weights, KV cache, sleep and generation are
 - TRL 0.26 replaces a function in ``vllm.transformers_utils.tokenizer``, which is gone;
 - TRL to 0.26 imports ``GuidedDecodingParams`` and passes ``guided_decoding=None`` to ``SamplingParams``; to 0.25
   ``truncate_prompt_tokens`` too, which is gone (prompts here are shorter than any limit);
-- vLLM before 0.10.2 knows no ``kv_cache_memory_bytes``, which tests set; whole GiB of ``VLLM_CPU_KVCACHE_SPACE`` instead;
+- vLLM before 0.10.2 knows no ``kv_cache_memory_bytes``, which tests set;
 - torch 2.6's scaled dot product attention answers NaN for rows that transformers 4.53 and later mask whole: eager then;
 - TRL before 0.20 leaves the variables that ``external_launcher`` reads to a launcher such as torchrun.
 """
@@ -37,6 +37,14 @@ class _Answer(tuple):  # type: ignore[type-arg]
 
     def __bool__(self) -> bool:
         return bool(self[0])
+
+
+def bound_kv_cache() -> None:
+    """One GiB where vLLM's CPU worker sizes the KV cache by its variable alone (4 GiB by default, before 0.20)."""
+    spec = importlib.util.find_spec("vllm")
+    worker = Path(spec.origin).parent / "v1/worker/cpu_worker.py" if spec is not None and spec.origin else None
+    if worker is not None and worker.is_file() and "kv_cache_memory_bytes" not in worker.read_text():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def _drop_argument(kind: type, name: str) -> None:
@@ -90,7 +98,6 @@ def make_importable() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     if "kv_cache_memory_bytes" not in inspect.signature(EngineArgs).parameters:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         _drop_argument(vllm.LLM, "kv_cache_memory_bytes")
     if importlib.util.find_spec("vllm.transformers_utils.tokenizer") is None:
         sys.modules["vllm.transformers_utils.tokenizer"] = module = types.ModuleType(

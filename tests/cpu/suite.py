@@ -180,7 +180,7 @@ def run(name: str, scenario: Scenario, patched: bool, folder: Path) -> dict[str,
 
 
 def main() -> int:
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB: what vLLM before 0.17 sizes its KV cache by
+    old_trl.bound_kv_cache()
     old_trl.make_importable()
     patched, folder = sys.argv[1] == "patched", Path(sys.argv[2])
     results: dict[str, Any] = {}

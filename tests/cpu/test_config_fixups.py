@@ -86,6 +86,7 @@ def test_what_trl_refuses_is_solved(out: dict[str, Any], monkeypatch: pytest.Mon
         config = GRPOConfig(**settings, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=4)
         assert batch(config) == (1, 6, 6) and config.num_generations_eval == 4
         assert "1 completions per optimizer step" in rlpatch.status().configs[0].batch
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # engines of other tests did it
         monkeypatch.setenv("LOCAL_RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "4")
         from rlpatch.adapters.trl import config_v0_18

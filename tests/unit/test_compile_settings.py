@@ -110,6 +110,7 @@ def test_setting_of_apply_and_its_variable(monkeypatch: pytest.MonkeyPatch) -> N
 
         return resolve(**arguments, strict=None, compile=value, known=["compile"])
 
+    monkeypatch.delenv("RLPATCH_DEFAULTS", raising=False)  # tests/cpu sets it
     assert resolved().compile == "default" and not resolved().wants("compile")
     assert resolved("fast-start").wants("compile") and resolved("fast-start").explicit == {"compile"}
     assert resolved(" workers , capture-sizes").compile == "workers,capture-sizes"
