@@ -367,7 +367,13 @@ class Colocation:
         Raises:
             UsageError: the plan does not fit (see `rlpatch.memory.budget.decide`).
         """
-        self.memory = self._decide(arguments, release)
+        try:
+            self.memory = self._decide(arguments, release)
+        except UsageError:
+            raise
+        except Exception as error:  # the engine can do without a plan
+            reason = f"it failed: {error!r}"
+            self.memory = Decision(False, reason, warnings=(f"memory plan: not applied: {reason}",))
         for text in self.memory.warnings:
             logger.warning("rlpatch: %s", text)
         logger.info("rlpatch: %s", self.memory)

@@ -142,6 +142,19 @@ def test_what_is_too_large_by_estimate_alone_is_a_warning() -> None:
         decided(lora, Room(12 * GIB))
 
 
+def test_a_plan_that_fails_keeps_no_engine_from_being_built(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("torch")
+    from rlpatch.phases import Colocation
+
+    def broken(*_: Any) -> Decision:
+        raise RuntimeError("no driver")
+
+    pair: Any = SimpleNamespace(_decide=broken, memory=None)
+    assert not Colocation.plan_memory(pair, ARGUMENTS, Release())
+    assert not pair.memory.applied and "no driver" in pair.memory.reason
+    assert "not applied: it failed: RuntimeError('no driver')" in caplog.text
+
+
 def test_others_and_a_limit_are_left_out() -> None:
     whole = decided().arguments["kv_cache_memory_bytes"]
     taken = decided(room=Room(141 * GIB, taken=30 * GIB)).arguments["kv_cache_memory_bytes"]
