@@ -26,11 +26,13 @@ class BlockLimit:
     Attributes:
         total: Blocks that the engine was built with.
         usable: Blocks in use now, block 0 included.
+        scheduler: vLLM's.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._pool = engine.core.scheduler.kv_cache_manager.block_pool
+        self.scheduler = engine.core.scheduler
+        self._pool = self.scheduler.kv_cache_manager.block_pool
         self._withheld: list[Any] = []
         self.total = self.usable = int(self._pool.num_gpu_blocks)
 
@@ -60,13 +62,17 @@ class BlockLimit:
             queue.remove(block)
         pool.num_gpu_blocks = self.usable = blocks
 
+    def describe(self) -> dict[str, int]:
+        """Plain data for ``status()``."""
+        return {"usable": self.usable, "total": self.total}
+
     def check(self, request: Any) -> None:
         """Raise StandbyError for a request (vLLM's) that needs more blocks than may be used."""
         if self.usable == self.total:
             return
         longest = self._engine.llm.llm_engine.model_config.max_model_len
         tokens = min(request.num_prompt_tokens + (request.max_tokens or 0), longest)
-        groups = self._engine.core.scheduler.kv_cache_config.kv_cache_groups
+        groups = self.scheduler.kv_cache_config.kv_cache_groups
         needed = sum(-(-tokens // group.kv_cache_spec.block_size) for group in groups)
         if needed > self.usable - 1:
             raise StandbyError(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rlpatch.agreement import Agreement
+from rlpatch.blocks import BlockLimit
 from rlpatch.compilation.build import Compilation
 from rlpatch.compilation.build import decide as decide_compilation
 from rlpatch.compilation.profiles import named
@@ -79,9 +80,10 @@ def of_worker(worker: Any) -> Colocation | None:
     return next((pair for pair in live() if pair.engine is not None and pair.engine.worker is worker), None)
 
 
-def of_scheduler(scheduler: Any) -> Colocation | None:
-    """The pair whose engine schedules with `scheduler` (vLLM's)."""
-    return next((p for p in live() if p.standby is not None and p.standby.engine.core.scheduler is scheduler), None)
+def limit_of(scheduler: Any) -> BlockLimit | None:
+    """The limit on the KV blocks of the engine that schedules with `scheduler` (vLLM's), if there is one."""
+    limits = (pair.standby.blocks for pair in live() if pair.standby is not None)
+    return next((limit for limit in limits if limit is not None and limit.scheduler is scheduler), None)
 
 
 def of_trainer(model: Any) -> Colocation | None:
@@ -735,7 +737,7 @@ class Colocation:
                 "cycles": self.standby.cycles,
                 "seconds": dict(self.standby.seconds),
                 "kv_bytes_resident": self.standby.mechanism.resident_bytes(),
-                "kv_blocks": {"usable": self.standby.blocks.usable, "total": self.standby.blocks.total},
+                "kv_blocks": self.standby.blocks.describe() if self.standby.blocks is not None else None,
             },
             "no standby": self.standby_refusal,
             "compile": self.compilation.describe() if self.compilation is not None else None,

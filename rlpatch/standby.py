@@ -47,7 +47,7 @@ class KVStandby:
     Attributes:
         released: Whether the KV cache is out right now.
         cycles: Completed releases.
-        blocks: Which of its blocks may be used.
+        blocks: Which of its blocks may be used; None as long as all of them have come back every time.
         seconds: Seconds spent releasing and restoring, in total.
     """
 
@@ -56,7 +56,7 @@ class KVStandby:
         self.mechanism = mechanism
         self.released = False
         self.cycles = 0
-        self.blocks = BlockLimit(engine)
+        self.blocks: BlockLimit | None = None
         self._bytes = sum(tensor.untyped_storage().nbytes() for tensor in engine.kv_tensors())
         self.seconds = {"release": 0.0, "restore": 0.0}
 
@@ -106,6 +106,10 @@ class KVStandby:
         self.seconds["restore"] += time.perf_counter() - start
 
     def _use(self, backed: int | None) -> None:
+        if self.blocks is None:
+            if backed is None:
+                return
+            self.blocks = BlockLimit(self.engine)
         before = self.blocks.usable
         try:
             self.blocks.use(backed)

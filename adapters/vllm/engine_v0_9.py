@@ -107,9 +107,9 @@ def _wake_up(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[st
 def _add_request(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from rlpatch import phases
 
-    pair = phases.of_scheduler(instance)
-    if pair is not None and pair.standby is not None:
-        pair.standby.blocks.check(kwargs.get("request", args[0] if args else None))
+    limit = phases.limit_of(instance)
+    if limit is not None:
+        limit.check(kwargs.get("request", args[0] if args else None))
     return wrapped(*args, **kwargs)
 
 

@@ -97,7 +97,7 @@ def test_fewer_blocks_give_the_same_tokens(rig: Rig, caplog: pytest.LogCaptureFi
     assert rig.tokens() == whole and max(rig.ids) < PART // 2
     rig.crowded.backed = None  # the next good restore lifts the limit
     assert rig.tokens() == whole and max(rig.ids) >= PART
-    assert rig.standby.blocks.usable == TOTAL
+    assert rig.standby.blocks is not None and rig.standby.blocks.usable == TOTAL
 
 
 def test_cached_prefixes_stay_within_the_limit(rig: Rig) -> None:
@@ -142,4 +142,4 @@ def test_parting_gives_all_blocks_back(rig: Rig) -> None:
     rig.tokens(4)
     rig.crowded.backed = None
     rlpatch.revert()
-    assert rig.standby.blocks.usable == TOTAL
+    assert rig.standby.blocks is not None and rig.standby.blocks.usable == TOTAL
