@@ -598,6 +598,21 @@ def is_out_of_memory(text: str) -> bool:
     return any(phrase in text.lower() for phrase in OUT_OF_MEMORY)
 
 
+def told(error: BaseException, stage: str, phase: str | None) -> dict[str, Any]:
+    """What a bench's process says of the error that ended it; the traceback goes to its log. Call while it is handled."""
+    import traceback
+
+    traceback.print_exc()
+    text = f"{type(error).__name__}: {error}"
+    chain = text + " ".join(f" {e!r}" for e in (error.__cause__, error.__context__) if e is not None)
+    return {
+        "text": text[:2000],
+        "stage": stage,
+        "phase": phase,
+        "out_of_memory": is_out_of_memory(chain) or isinstance(error, MemoryError),
+    }
+
+
 def main() -> int:
     """Read a job, print JSON lines: ``stage``, ``engine``, ``progress``, then ``result``, ``skipped`` or ``error``."""
     out = sys.stdout
@@ -614,17 +629,8 @@ def main() -> int:
     except Skipped as reason:
         emit("skipped", str(reason))
     except BaseException as error:
-        import traceback
-
-        traceback.print_exc()
-        text = f"{type(error).__name__}: {error}"
-        chain = text + " ".join(f" {e!r}" for e in (error.__cause__, error.__context__) if e is not None)
-        emit("error", {
-            "text": text[:2000],
-            "stage": bench.stage if bench else "import",
-            "phase": bench.clock.failed_in if bench else None,
-            "out_of_memory": is_out_of_memory(chain) or isinstance(error, MemoryError),
-        })  # fmt: skip
+        stage, phase = (bench.stage, bench.clock.failed_in) if bench else ("import", None)
+        emit("error", told(error, stage, phase))
         return 1
     return 0
 

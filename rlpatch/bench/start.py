@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlpatch.bench.run import BenchJob, is_out_of_memory
+from rlpatch.bench.run import BenchJob, told
 
 START = "engine start"
 ESTIMATE = "graph estimate"
@@ -264,16 +264,7 @@ def main() -> int:
         start = Start(job, emit)
         emit("result", start.run())
     except BaseException as error:
-        import traceback
-
-        traceback.print_exc()
-        text = f"{type(error).__name__}: {error}"
-        emit("error", {
-            "text": text[:2000],
-            "stage": start.stage if start else "import",
-            "phase": start.clock.failed_in if start else None,
-            "out_of_memory": is_out_of_memory(text) or isinstance(error, MemoryError),
-        })  # fmt: skip
+        emit("error", told(error, *((start.stage, start.clock.failed_in) if start else ("import", None))))
         return 1
     return 0
 
