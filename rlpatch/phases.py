@@ -1,4 +1,6 @@
-"""The cycle of one trainer/engine pair: restore KV → put the policy in place → generate → release KV.
+"""The cycle of one trainer/engine pair: restore KV and put the policy in place → generate → release KV, policy out.
+
+Both at once where that is possible: the host maps and unmaps memory while the device folds and unfolds adapters.
 
 A `Colocation` is made by a trainer's adapter when it is about to build its engine. It decides whether the pair can
 share, carries the trainer's tensors to the loader, and afterwards runs the cycle around every rollout.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 import weakref
@@ -24,6 +27,7 @@ from rlpatch.compilation.build import decide as decide_compilation
 from rlpatch.compilation.profiles import named
 from rlpatch.engine import Engine
 from rlpatch.errors import StandbyError, UsageError
+from rlpatch.lora.fold import Work, nothing
 from rlpatch.lora.policy import (
     FOLD,
     MERGE,
@@ -597,7 +601,7 @@ class Colocation:
             return
         self._rolling, self._instead = True, instead
         try:
-            with self._policy_in_place(), self._kv_in_place():
+            with self._in_place():
                 yield
         finally:
             self._rolling, self._instead = False, None
@@ -605,49 +609,58 @@ class Colocation:
                 self.engine.llm.reset_prefix_cache()  # the active policy's next rollout may come without a sync
 
     @contextlib.contextmanager
-    def _policy_in_place(self) -> Iterator[None]:
+    def _in_place(self) -> Iterator[None]:
         for left in (self.policy, self._guest_fold):  # by an interrupt, if it came while they were taken out
             if left is not None:
                 left.take_out()
         policy = self.policy if self._instead is None else self._guest(self._instead)
-        if policy is None and self._instead is None:
-            yield
-            return
-        if self.sharing is not None:
-            self.sharing.rejoin()  # never while folded: what is copied then would stay folded
-        try:
-            if policy is not None:
-                policy.put()
-            assert self.engine is not None
-            self.engine.llm.reset_prefix_cache()
-            folds = self._guest_fold is not None or (self.lora is not None and self.lora.mode == FOLD)
-            if self.sharing is not None and self.sharing.copied and folds:
-                self.sharing.sync()
-            yield
-        finally:
-            if policy is not None:
-                policy.take_out()
-
-    @contextlib.contextmanager
-    def _kv_in_place(self) -> Iterator[None]:
         standby = self.standby
-        if standby is None:
-            yield
-            return
-        if standby.released:
-            standby.restore()
         try:
+            self._put(policy)
             yield
         except BaseException as error:
             try:
-                if self.standby is standby:  # else the pair was parted meanwhile
-                    standby.release()
+                self._take_out(policy, standby)
             except Exception as second:  # the first error is the one to show
-                logger.warning("rlpatch: after %r the KV cache could not be released: %s", error, second)
+                logger.warning("rlpatch: after %r the rollout was not cleared away: %s", error, second)
             raise
         else:
-            if self.standby is standby:
-                standby.release()
+            self._take_out(policy, standby)
+
+    def _put(self, policy: Policy | None) -> None:
+        """`policy` and the KV cache, in place."""
+        restore: Work = nothing
+        if self.standby is not None and self.standby.released:
+            restore = self.standby.restore
+        if policy is None and self._instead is None:
+            restore()
+            return
+        assert self.engine is not None
+        if self.sharing is not None:
+            self.sharing.rejoin()  # never while folded: what is copied then would stay folded
+        make_room(self.engine.device)  # before the device has something to do, which this would wait for
+        if policy is not None:
+            policy.put(restore)
+        else:
+            restore()
+        self.engine.llm.reset_prefix_cache()
+        folds = self._guest_fold is not None or (self.lora is not None and self.lora.mode == FOLD)
+        if self.sharing is not None and self.sharing.copied and folds:
+            self.sharing.sync()
+
+    def _take_out(self, policy: Policy | None, standby: KVStandby | None) -> None:
+        """The inverse, also of half of it. The policy is taken out even if the KV cache cannot be released."""
+        release: Work = nothing
+        try:
+            # else another standby, or none: the pair was parted meanwhile
+            if standby is not None and self.standby is standby and not standby.released:
+                standby.rest()
+                release = functools.partial(standby.release, at_rest=True)
+        finally:
+            if policy is not None:
+                policy.take_out(release)
+            else:
+                release()
 
     def sleep(self) -> None:
         """What ``LLM.sleep(level ≥ 1)`` means for this pair: the weights are the trainer's too, so only KV goes."""

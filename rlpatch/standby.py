@@ -22,7 +22,8 @@ logger = logging.getLogger("rlpatch")
 class Mechanism(Protocol):
     """How one era of vLLM releases the memory behind the KV cache and gets it back.
 
-    ``release`` is called on an engine at rest (drained). Weights, graphs and small metadata buffers stay mapped.
+    ``release`` is called on an engine at rest (drained, its last kernel waited for). Weights, graphs and small metadata
+    buffers stay mapped.
     """
 
     def __init__(self, engine: Engine) -> None: ...
@@ -60,20 +61,36 @@ class KVStandby:
         self._bytes = sum(tensor.untyped_storage().nbytes() for tensor in engine.kv_tensors())
         self.seconds = {"release": 0.0, "restore": 0.0}
 
-    def release(self) -> None:
-        """Let the KV cache go. Unfinished requests are aborted, running work is waited for.
+    def rest(self) -> None:
+        """Bring the engine to rest: unfinished requests are aborted, the device's running work is waited for.
 
         Raises:
-            StandbyError: it is released already, or the engine does not come to rest.
+            StandbyError: the engine does not come to rest.
         """
-        if self.released:
-            raise StandbyError("the KV cache is released already; call restore() before releasing it again")
         start = time.perf_counter()
         aborted = self.engine.abort_requests()
         if aborted:
             logger.warning("rlpatch: aborted %d unfinished requests before releasing the KV cache", aborted)
         self.engine.drain()
         synchronize(self.engine.device)
+        self.seconds["release"] += time.perf_counter() - start
+
+    def release(self, *, at_rest: bool = False) -> None:
+        """Let the KV cache go, once the engine has come to rest.
+
+        Args:
+            at_rest: It has (`rest` was called). What the device was given since does not touch the KV cache and is not
+                waited for: unmapping and running kernels do not hinder each other (20 to 28 ms for 40 GiB on an H200,
+                idle or busy).
+
+        Raises:
+            StandbyError: it is released already, or the engine does not come to rest.
+        """
+        if self.released:
+            raise StandbyError("the KV cache is released already; call restore() before releasing it again")
+        if not at_rest:
+            self.rest()
+        start = time.perf_counter()
         self.mechanism.release()
         self.released = True
         self.cycles += 1

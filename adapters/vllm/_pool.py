@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlpatch.engine import Engine, synchronize
+from rlpatch.engine import Engine
 from rlpatch.errors import StandbyError
 from rlpatch.standby import ResizedStorages, make_room
 
@@ -51,10 +51,9 @@ class PoolAllocations:
         return found
 
     def free(self) -> None:
-        """Unmap, device idle."""
+        """Unmap; whatever uses the KV cache has been waited for."""
         from vllm.device_allocator.cumem import unmap_and_release
 
-        synchronize(self._engine.device)
         while self._mapped:
             data = self._mapped.pop()
             unmap_and_release(data.handle)

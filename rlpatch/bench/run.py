@@ -6,14 +6,15 @@ Phases, each wrapped where every variant passes through (``synchronize`` at both
     ├─ sync      VLLMGeneration.sync_weights (TRL's push, waking the engine's weights included)
     ├─ rollout   VLLMGeneration.generate
     │  ├─ put       the adapters: FoldPolicy.put (the fold) or SlotPolicy.put (the copy into the slots)
-    │  ├─ restore   KVStandby.restore, or LLM.wake_up of the KV cache
+    │  ├─ restore   KVStandby.restore (inside of put), or LLM.wake_up of the KV cache
     │  ├─ generate  LLM.generate
-    │  ├─ release   KVStandby.release, or LLM.sleep
+    │  ├─ release   KVStandby.rest and release (the latter inside of take out), or LLM.sleep
     │  └─ take out  FoldPolicy.take_out (the unfold)
     └─ train     everything else: forward, backward, optimizer, rewards, logging
 
 A phase's seconds and memory are its own: what an inner phase takes is not counted in the outer one, so that the columns
-of one step add up to it.
+of one step add up to it. Waiting for the device at every edge takes away what overlaps in training (restore beside the
+fold, release beside the unfold): ``--no-phase-sync`` shows whole steps as they are.
 """
 
 from __future__ import annotations
@@ -230,6 +231,7 @@ class BenchRun:
             ("vllm.entrypoints.llm", "LLM.generate", self._generate),
             ("vllm.entrypoints.llm", "LLM.sleep", self._sleep),
             ("vllm.entrypoints.llm", "LLM.wake_up", self._wake_up),
+            (standby_module.__name__, "KVStandby.rest", self._as_phase("release")),
             (standby_module.__name__, "KVStandby.release", self._as_phase("release")),
             (standby_module.__name__, "KVStandby.restore", self._as_phase("restore")),
             (policy_module.__name__, "FoldPolicy.put", self._as_phase("put")),

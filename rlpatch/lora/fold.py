@@ -11,6 +11,8 @@ factor is odd, so that any single changed element is certain to be noticed.
 
 Two implementations do the passes: `TorchPasses`, for CPU and whatever Triton lacks, and
 `rlpatch.lora.fold_kernel.TritonPasses`, one kernel launch per shape of weight and direction.
+
+While the device works the host may do something else (`meanwhile`): the KV cache is mapped and unmapped in that time.
 """
 
 from __future__ import annotations
@@ -35,9 +37,34 @@ _CHUNK = 1 << 24  # elements; the fp32 temporaries of the torch path stay at som
 _SPARE = 0.02  # memory kept by a fold, as a share of the weights, above which it is reported
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+Work = Callable[[], None]
 Piece = tuple[torch.Tensor, torch.Tensor]  # places within the flattened rows (int32), and the elements lost there
 
 FOLDABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def nothing() -> None:
+    """No work for the host."""
+
+
+class _Once:
+    """The host's work: done once, at the first call. What it raises is kept until the weights are whole."""
+
+    def __init__(self, work: Work) -> None:
+        self._work: Work | None = work
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+
+    def __call__(self) -> None:
+        work, self._work = self._work, None
+        if work is None:
+            return
+        start = time.perf_counter()
+        try:
+            work()
+        except BaseException as error:
+            self.error = error
+        self.seconds = time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -64,12 +91,15 @@ class FoldReport:
 
 
 class Passes(Protocol):
-    """One implementation of the passes over some weights. A fold either happens for all of them or for none."""
+    """One implementation of the passes over some weights. A fold either happens for all of them or for none.
 
-    def fold(self, targets: Sequence[Target]) -> list[int]:
+    ``meanwhile`` is called, if at all, when the device has been given its work and before that is waited for.
+    """
+
+    def fold(self, targets: Sequence[Target], meanwhile: Work = nothing) -> list[int]:
         """Fold in place; returns each weight's checksum from before. Raises FoldError for values that are not finite."""
 
-    def unfold(self, targets: Sequence[Target]) -> list[int]:
+    def unfold(self, targets: Sequence[Target], meanwhile: Work = nothing) -> list[int]:
         """The inverse of the last `fold`, in place; returns each weight's checksum."""
 
     def original(self, index: int, target: Target) -> torch.Tensor:
@@ -106,7 +136,7 @@ class TorchPasses:
     def __init__(self) -> None:
         self._kept: list[list[Piece | None]] = []  # None: unfolded again
 
-    def fold(self, targets: Sequence[Target]) -> list[int]:
+    def fold(self, targets: Sequence[Target], meanwhile: Work = nothing) -> list[int]:
         """See `Passes`."""
         self._kept = []
         sums: list[int] = []
@@ -130,7 +160,7 @@ class TorchPasses:
                 raise
         return sums
 
-    def unfold(self, targets: Sequence[Target]) -> list[int]:
+    def unfold(self, targets: Sequence[Target], meanwhile: Work = nothing) -> list[int]:
         """See `Passes`. After an error (out of memory) it can be called again, and goes on where it was."""
         for target, pieces in zip(targets, self._kept, strict=True):
             self._unfold(target, pieces)
@@ -206,7 +236,7 @@ class ReversibleFold:
         checksums: name -> checksum of the unfolded weight, as of the last fold.
         report: Of the last fold.
         cycles: Completed unfolds.
-        seconds: Spent folding and unfolding, in total.
+        seconds: Spent folding and unfolding, in total, beside what the host did meanwhile.
     """
 
     recover: Callable[[str], torch.Tensor | None] | None = None
@@ -223,8 +253,12 @@ class ReversibleFold:
     _said: set[str] = field(default_factory=set)
 
     @torch.no_grad()
-    def fold(self, targets: Sequence[Target]) -> FoldReport:
+    def fold(self, targets: Sequence[Target], meanwhile: Work = nothing) -> FoldReport:
         """Fold in place. Either all of `targets` are folded afterwards or, after an error, none.
+
+        Args:
+            meanwhile: Done once by the host, while the device folds where that is possible; not done if an error came
+                before. What it raises is raised here.
 
         Raises:
             FoldError: folded already, broken before, or a value that is not finite (names the weight).
@@ -233,26 +267,29 @@ class ReversibleFold:
             raise FoldError("the adapters are folded already; unfold() before folding again")
         if self.broken:
             raise FoldError(self._refusal())
-        start = time.perf_counter()
+        start, once = time.perf_counter(), _Once(meanwhile)
         grouped: dict[str, list[Target]] = {}
         for target in targets:
             grouped.setdefault((self.passes_for or kind_of)(target), []).append(target)
         try:
             with _uninterrupted():
-                self._fold(targets, grouped)
+                self._fold(targets, grouped, once)
+                once()
+            if once.error is not None:
+                raise once.error
         except BaseException:  # a Ctrl-C that waited comes when all is folded
             self.unfold()
             raise
-        self.seconds["fold"] += time.perf_counter() - start
+        self.seconds["fold"] += time.perf_counter() - start - once.seconds
         return self.report
 
-    def _fold(self, targets: Sequence[Target], grouped: dict[str, list[Target]]) -> None:
+    def _fold(self, targets: Sequence[Target], grouped: dict[str, list[Target]], meanwhile: Work) -> None:
         done: list[tuple[Passes, list[Target]]] = []
         sums: dict[str, int] = {}
         try:
             for kind, group in grouped.items():
                 passes = self._passes.setdefault(kind, _implementation(kind))
-                found = passes.fold(group)
+                found = passes.fold(group, meanwhile)
                 done.append((passes, group))
                 sums.update(zip((t.name for t in group), found, strict=True))
         except BaseException:
@@ -274,8 +311,12 @@ class ReversibleFold:
         self._report_spare()
 
     @torch.no_grad()
-    def unfold(self) -> None:
-        """Bring the unfolded weights back, bit for bit; nothing happens when nothing is folded.
+    def unfold(self, meanwhile: Work = nothing) -> None:
+        """Bring the unfolded weights back, bit for bit; where nothing is folded only `meanwhile` happens.
+
+        Args:
+            meanwhile: Done once by the host, while the device unfolds where that is possible, whatever becomes of the
+                unfold. What it raises is raised here, when the weights are whole.
 
         After any other error than FoldError (out of memory) some may still be folded; another call goes on from there.
 
@@ -284,19 +325,31 @@ class ReversibleFold:
                 refused, because training would go on from a damaged base.
         """
         if not self.folded:
+            meanwhile()
             return
+        once = _Once(meanwhile)
+        try:
+            self._unfold(once)
+        except BaseException as error:
+            once()
+            raise error from once.error
+        once()
+        if once.error is not None:
+            raise once.error
+
+    def _unfold(self, meanwhile: _Once) -> None:
         start = time.perf_counter()
         with _uninterrupted():  # the verdict included: an interrupt must not hide a damaged base
             while self._groups:
                 passes, group = self._groups[0]
-                for target, found in zip(group, passes.unfold(group), strict=True):
+                for target, found in zip(group, passes.unfold(group, meanwhile), strict=True):
                     if found != self.checksums[target.name]:
                         self._wrong.append(target)
                 passes.forget()
                 self._groups = self._groups[1:]
             self.folded = False
             self.cycles += 1
-            self.seconds["unfold"] += time.perf_counter() - start
+            self.seconds["unfold"] += time.perf_counter() - start - meanwhile.seconds
             wrong, self._wrong = self._wrong, []
             lost = [target.name for target in wrong if not self._recovered(target)]
             if lost:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from rlpatch.errors import FoldError
-from rlpatch.lora.fold import not_finite
+from rlpatch.lora.fold import Work, not_finite, nothing
 from rlpatch.lora.target import Product, Target
 
 logger = logging.getLogger("rlpatch")
@@ -34,6 +34,7 @@ _FOLD, _FOLD_REST, _UNFOLD = 0, 1, 2
 _ABSENT, _NOT_FINITE = -1, -2  # a tile's state
 _FIRST_SHARE = 4e-4  # words per element; grows with what folds turn out to need
 _GROWTH = 1.1
+_ALIGNED = 8  # elements, 16 bytes of bf16
 _CHUNK = 64 << 20  # bytes of fp32 factors per launch
 
 
@@ -102,16 +103,22 @@ class _Launch:
     table: torch.Tensor
     scales: torch.Tensor
 
+    @property
+    def factors(self) -> int:
+        """Elements of its factors, both sides."""
+        rows, columns, rank = self.shape[2], self.shape[3], self.shape[-1]
+        return len(self.sides) * (rows + columns) * int(rank)
+
     def __call__(
-        self, mode: int, state: Any, words: Any, counters: Any, sums: Any, room: int, check: bool = True
+        self, mode: int, desk: _Desk, state: Any, words: Any, counters: Any, sums: Any, room: int, check: bool = True
     ) -> None:
         from rlpatch.lora.triton_kernel import fold_kernel
 
         dtype, aligned, rows, columns, *strides, rank = self.shape
         device = self.sides[0].weight.device
         split = _splits(dtype, device)
-        left = _factors([side.left for side in self.sides], self.scales, split)
-        right = _factors([side.right for side in self.sides], None, split)
+        lefts, rights = [side.left for side in self.sides], [side.right for side in self.sides]
+        left, right = desk.factors(lefts, rights, self.scales, split)
         block = 16 if rank <= 16 else 32
         even = rows % BLOCK_ROWS == 0 and columns % BLOCK_COLUMNS == 0 and rank % block == 0
         farthest = max(rows * strides[0] + columns * strides[1], rows * strides[2] + columns * strides[3])
@@ -123,14 +130,41 @@ class _Launch:
         )  # fmt: skip
 
 
-def _factors(factors: list[torch.Tensor], scales: torch.Tensor | None, split: bool) -> torch.Tensor:
-    """``[weights, terms, …]``: fp32 in one term, or in two bf16 terms whose sum has 16 bits of it."""
-    whole = torch.stack(factors).float()
-    if scales is not None:
-        whole = whole.mul_(scales[:, None, None])
-    if not split:
-        return whole[:, None]
-    terms = torch.empty(whole.shape[0], 2, *whole.shape[1:], dtype=torch.bfloat16, device=whole.device)
+class _Desk:
+    """Memory in which the factors of one launch after the other are made ready.
+
+    Args:
+        launches: All that will use it.
+    """
+
+    def __init__(self, launches: Sequence[_Launch]) -> None:
+        device = launches[0].sides[0].weight.device
+        most = _ALIGNED + max(launch.factors for launch in launches)
+        self._whole = torch.empty(most, dtype=torch.float32, device=device)
+        splits = any(_splits(launch.shape[0], device) for launch in launches)
+        self._terms = torch.empty(2 * most if splits else 0, dtype=torch.bfloat16, device=device)
+
+    def factors(
+        self, lefts: list[torch.Tensor], rights: list[torch.Tensor], scales: torch.Tensor, split: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both sides as ``[weights, terms, …]``: fp32 in one term, or in two bf16 terms whose sum has 16 bits of it."""
+        size = -(-len(lefts) * lefts[0].numel() // _ALIGNED) * _ALIGNED
+        left = _stacked(lefts, self._whole[:size]).mul_(scales[:, None, None])
+        right = _stacked(rights, self._whole[size:])
+        if not split:
+            return left[:, None], right[:, None]
+        return _two_terms(left, self._terms[: 2 * size]), _two_terms(right, self._terms[2 * size :])
+
+
+def _stacked(factors: list[torch.Tensor], memory: torch.Tensor) -> torch.Tensor:
+    whole = memory[: len(factors) * factors[0].numel()].view(len(factors), *factors[0].shape)
+    if factors[0].dtype == whole.dtype:
+        return torch.stack(factors, out=whole)
+    return whole.copy_(torch.stack(factors))
+
+
+def _two_terms(whole: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    terms = memory[: 2 * whole.numel()].view(whole.shape[0], 2, *whole.shape[1:])
     terms[:, 0].copy_(whole)
     torch.sub(whole, terms[:, 0], out=terms[:, 1])
     return terms
@@ -147,7 +181,7 @@ class TritonPasses:
         self._launches: list[_Launch] = []
         self._kept = 0
 
-    def fold(self, targets: Sequence[Target]) -> list[int]:
+    def fold(self, targets: Sequence[Target], meanwhile: Work = nothing) -> list[int]:
         """See `rlpatch.lora.fold.Passes`."""
         device = targets[0].weight.device
         self._launches = _launches([_Sides.of(n, target, target.weight) for n, target in enumerate(targets)])
@@ -161,8 +195,11 @@ class TritonPasses:
         while True:
             counters = torch.zeros(3, dtype=torch.int64, device=device)
             counters[0].fill_(used)
+            desk = _Desk(self._launches)
             for launch in self._launches:
-                launch(mode, state, words, counters, sums, room, check)
+                launch(mode, desk, state, words, counters, sums, room, check)
+            meanwhile()
+            meanwhile = nothing
             asked, without_room, unusable = counters.tolist()
             if unusable:
                 self._refuse(targets)
@@ -190,11 +227,13 @@ class TritonPasses:
         self.forget()
         raise error
 
-    def unfold(self, targets: Sequence[Target]) -> list[int]:
+    def unfold(self, targets: Sequence[Target], meanwhile: Work = nothing) -> list[int]:
         """See `rlpatch.lora.fold.Passes`."""
         sums = torch.zeros(len(targets), dtype=torch.int64, device=targets[0].weight.device)
+        desk = _Desk(self._launches)
         for launch in self._launches:
-            launch(_UNFOLD, self._state, self._words, sums, sums, 0)
+            launch(_UNFOLD, desk, self._state, self._words, sums, sums, 0)
+        meanwhile()
         return [value & 0xFFFFFFFF for value in sums.tolist()]
 
     def original(self, index: int, target: Target) -> torch.Tensor:
@@ -205,7 +244,7 @@ class TritonPasses:
         copy = torch.empty_like(target.weight)
         sums = torch.zeros(1, dtype=torch.int64, device=copy.device)
         (alone,) = _launches([_Sides.of(0, target, copy)], launch.first_tile + position * launch.tiles)
-        alone(_UNFOLD, self._state, self._words, sums, sums, 0)
+        alone(_UNFOLD, _Desk([alone]), self._state, self._words, sums, sums, 0)
         return copy
 
     def kept(self) -> tuple[int, int]:

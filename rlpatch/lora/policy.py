@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rlpatch.errors import FoldError, UsageError
-from rlpatch.lora.fold import FOLDABLE, ReversibleFold
+from rlpatch.lora.fold import FOLDABLE, ReversibleFold, Work, nothing
 from rlpatch.lora.slots import Slots, accepted_rank, rank_of, unfit
 from rlpatch.lora.target import Adaptation, in_one_line
 
@@ -96,11 +96,16 @@ class Policy(Protocol):
 
     mode: str
 
-    def put(self) -> None:
-        """Before a rollout. Either all of it is in place afterwards, or, after an error, nothing."""
+    def put(self, meanwhile: Work = nothing) -> None:
+        """Before a rollout. Either all of it is in place afterwards, or, after an error, nothing.
 
-    def take_out(self) -> None:
-        """After a rollout, whatever happened in it."""
+        Args:
+            meanwhile: Done once by the host before this returns, beside the device's work where that is possible; not
+                after an error. What it raises is raised here.
+        """
+
+    def take_out(self, meanwhile: Work = nothing) -> None:
+        """After a rollout, whatever happened in it; `meanwhile` as in `put`, but done after an error too."""
 
     def describe(self) -> dict[str, Any]:
         """Plain data for ``status()``."""
@@ -125,7 +130,7 @@ class FoldPolicy:
         self.fold = ReversibleFold(recover)
         self._hooks: list[Any] = []
 
-    def put(self) -> None:
+    def put(self, meanwhile: Work = nothing) -> None:
         """See `Policy`.
 
         Raises:
@@ -139,11 +144,11 @@ class FoldPolicy:
                 f"the active adapters changed and cannot be folded: {in_one_line(reasons)}; make the old ones active "
                 "again, or start with apply(lora='merge')"
             )
-        self.fold.fold(adaptation.targets)
+        self.fold.fold(adaptation.targets, meanwhile)
 
-    def take_out(self) -> None:
+    def take_out(self, meanwhile: Work = nothing) -> None:
         """See `Policy`."""
-        self.fold.unfold()
+        self.fold.unfold(meanwhile)
 
     def guard(self, modules: Iterable[nn.Module]) -> None:
         """Let `modules` show the unfolded base to whoever asks for their state in the middle of a rollout."""
@@ -197,7 +202,7 @@ class SlotPolicy:
         """vLLM's ``LoRARequest`` for every generation."""
         return self.slots.request
 
-    def put(self) -> None:
+    def put(self, meanwhile: Work = nothing) -> None:
         """See `Policy`. Raises UsageError when the active adapters do not fit the slots any more."""
         adaptation = self.read()
         if adaptation.refused:
@@ -206,9 +211,11 @@ class SlotPolicy:
         self.slots.update(adaptation.targets)
         self.seconds += time.perf_counter() - start
         self.updates += 1
+        meanwhile()
 
-    def take_out(self) -> None:
+    def take_out(self, meanwhile: Work = nothing) -> None:
         """See `Policy`: what is in the slots does not concern the trainer."""
+        meanwhile()
 
     def describe(self) -> dict[str, Any]:
         """See `Policy`."""

@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from rlpatch.errors import FoldError  # noqa: E402
+from rlpatch.errors import FoldError, StandbyError  # noqa: E402
 from rlpatch.lora import fold as fold_module  # noqa: E402
 from rlpatch.lora.fold import ReversibleFold, TorchPasses, checksum, kind_of  # noqa: E402
 from rlpatch.lora.target import Product, Target  # noqa: E402
@@ -341,7 +341,7 @@ def test_an_unfold_that_failed_midway_goes_on(failing: int, monkeypatch: pytest.
 
 def test_a_later_group_that_fails_takes_the_earlier_ones_back() -> None:
     class Failing(TorchPasses):
-        def fold(self, targets: Any) -> list[int]:
+        def fold(self, targets: Any, meanwhile: Any = None) -> list[int]:
             raise RuntimeError("no kernel")
 
     items = [target(name="torch", seed=1), target(name="other", seed=2)]
@@ -653,6 +653,49 @@ def test_in_another_thread_signals_are_left_alone(default_handler: None) -> None
     thread.start()
     thread.join()
     assert not errors and torch.equal(bits(item.weight), before)
+
+
+def test_what_the_host_does_meanwhile_is_done_once() -> None:
+    items = [target(name="torch", seed=1), target(name="other", seed=2)]
+    before = [bits(item.weight) for item in items]
+    fold, calls = ReversibleFold(passes_for=lambda item: item.name), []
+    fold._passes.update(torch=TorchPasses(), other=TorchPasses())
+    fold.fold(items, lambda: calls.append("fold"))
+    fold.unfold(lambda: calls.append("unfold"))
+    fold.unfold(lambda: calls.append("nothing is folded"))
+    assert calls == ["fold", "unfold", "nothing is folded"] and same(items, before)
+
+
+def test_what_fails_meanwhile_leaves_whole_weights() -> None:
+    item = target()
+    before = bits(item.weight)
+    fold = ReversibleFold()
+
+    def fail() -> None:
+        raise StandbyError("no memory")
+
+    with pytest.raises(StandbyError, match="no memory"):
+        fold.fold([item], fail)
+    assert not fold.folded and torch.equal(bits(item.weight), before)
+    fold.fold([item])
+    with pytest.raises(StandbyError, match="no memory"):
+        fold.unfold(fail)
+    assert not fold.folded and torch.equal(bits(item.weight), before) and fold.cycles == 2
+
+
+def test_a_damaged_base_is_told_before_what_failed_meanwhile() -> None:
+    item = target()
+    fold, calls = ReversibleFold(), []
+    fold.fold([item])
+    item.weight[0, 0] += 1
+
+    def fail() -> None:
+        calls.append(1)
+        raise StandbyError("no memory")
+
+    with pytest.raises(FoldError, match="did not unfold") as caught:
+        fold.unfold(fail)
+    assert calls == [1] and isinstance(caught.value.__cause__, StandbyError)
 
 
 def test_an_ignored_ctrl_c_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
