@@ -79,14 +79,21 @@ class Engine:
     def kv_tensors(self) -> list[torch.Tensor]:
         """One tensor per distinct storage of the KV cache (several layers may share one)."""
         found: dict[int, torch.Tensor] = {}
+        for tensor in self.kv_views():
+            found.setdefault(int(tensor.untyped_storage()._cdata), tensor)
+        return list(found.values())
+
+    def kv_views(self) -> list[torch.Tensor]:
+        """Every tensor of the KV cache, as the layers see it."""
+        found = []
         pending = list(self.runner.kv_caches)
         while pending:
             entry = pending.pop()
             if isinstance(entry, torch.Tensor):
-                found.setdefault(int(entry.untyped_storage()._cdata), entry)
+                found.append(entry)
             elif isinstance(entry, (list, tuple)):
                 pending.extend(entry)
-        return list(found.values())
+        return found
 
     # ---- pausing -----------------------------------------------------------------------------------------------
 

@@ -180,6 +180,9 @@ class ResizedStorages:
             torch.empty(0, dtype=torch.uint8).set_(storage).zero_()  # type: ignore[call-overload]
         self._sizes = []
 
+    def backed(self) -> None:
+        """Which addresses are backed, if only some are: never."""
+
     def resident_bytes(self) -> int:
         """Bytes behind the KV cache now."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self._engine.kv_tensors())

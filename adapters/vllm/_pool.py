@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
+from rlpatch.adapters.vllm._pieces import GRANULE, Prefix, Span, fits, map_prefix, size_of
 from rlpatch.engine import Engine
 from rlpatch.errors import StandbyError
 from rlpatch.standby import ResizedStorages, make_room
 
 logger = logging.getLogger("rlpatch")
-
-_GRANULE = 2 << 20  # torch rounds large segments up to 2 MiB
 
 
 class PoolAllocations:
@@ -30,6 +29,7 @@ class PoolAllocations:
         self._engine = engine
         self._mapped = self._find()
         self._out: list[Any] = []
+        self._prefix: Prefix | None = None  # what is mapped of `_out`
 
     def _find(self) -> list[Any]:
         from vllm.device_allocator.cumem import CuMemAllocator
@@ -41,7 +41,7 @@ class PoolAllocations:
             size = data.handle[1]
             held = sum(nbytes for start, nbytes in spans if base <= start < base + size)
             # An allocation that KV tensors do not fill may hold something else besides.
-            if held and held > size - _GRANULE:
+            if held and held > size - GRANULE:
                 found.append(data)
         if not found:
             raise StandbyError(
@@ -54,21 +54,47 @@ class PoolAllocations:
         """Unmap; whatever uses the KV cache has been waited for."""
         from vllm.device_allocator.cumem import unmap_and_release
 
+        self._drop_prefix()
         while self._mapped:
             data = self._mapped.pop()
             unmap_and_release(data.handle)
-            _mark(data, True)
+            mark([data], True)
             self._out.append(data)
 
-    def back(self) -> None:
-        """Map at the same addresses."""
+    def back(self) -> int | None:
+        """Map at the same addresses; returns the number of blocks if memory does not suffice for all of them.
+
+        Raises:
+            RuntimeError: it does not suffice for any; nothing is mapped then.
+        """
         make_room(self._engine.device)
-        map_all(self._out)
-        self._mapped, self._out = self._out, []
+        self._drop_prefix()  # of a restore that failed later on
+        cause: RuntimeError | None = None
+        if fits(self._engine.device, self._out):
+            try:
+                map_all(self._out)
+            except RuntimeError as error:  # somebody else was faster
+                cause = error
+            else:
+                self._mapped, self._out = self._out, []
+                return None
+        self._prefix = map_prefix(self._engine, self._out, cause)
+        mark(self._out, False)
+        return self._prefix.blocks
+
+    def _drop_prefix(self) -> None:
+        if self._prefix is not None:
+            self._prefix.unmap()
+            self._prefix = None
+            mark(self._out, True)
+
+    def backed(self) -> list[Span] | None:
+        """The addresses that are mapped, if only some are."""
+        return self._prefix.spans if self._prefix is not None else None
 
     def resident_bytes(self) -> int:
         """Bytes mapped for the KV cache now."""
-        return sum(data.handle[1] for data in self._mapped)
+        return self._prefix.resident_bytes() if self._prefix is not None else size_of(self._mapped)
 
 
 def map_all(allocations: list[Any]) -> None:
@@ -88,17 +114,18 @@ def map_all(allocations: list[Any]) -> None:
         for data in done:
             unmap_and_release(data.handle)
         raise
-    for data in done:
-        _mark(data, False)
+    mark(done, False)
 
 
-def _mark(data: Any, asleep: bool) -> None:
-    if hasattr(data, "is_asleep"):  # the allocator's own sleep and wake_up consult it where it exists
-        data.is_asleep = asleep
+def mark(allocations: list[Any], asleep: bool) -> None:
+    """Tell the pool's own ``sleep`` and ``wake_up``, which consult it where it exists, what has become of `allocations`."""
+    for data in allocations:
+        if hasattr(data, "is_asleep"):
+            data.is_asleep = asleep
 
 
 @torch.inference_mode()
-def settle(engine: Engine) -> None:
+def settle(engine: Engine, memory: PoolAllocations | ResizedStorages) -> None:
     """After `back`: what must not start from stale bytes.
 
     Upstream does it after a wake (``init_fp8_kv_scales``, 0.12; ``post_kv_cache_wake_up``, 0.22 to 0.28): it zeroes a
@@ -112,7 +139,18 @@ def settle(engine: Engine) -> None:
     for tensor in engine.kv_tensors():
         if tensor.element_size() == 1:
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-            whole.set_(tensor.untyped_storage()).zero_()  # type: ignore[call-overload]
+            whole.set_(tensor.untyped_storage())  # type: ignore[call-overload]
+            for start, end in _within(whole, memory.backed()):
+                whole[start:end].zero_()
+
+
+def _within(flat: torch.Tensor, backed: list[Span] | None) -> list[Span]:
+    """The offsets in `flat`, a tensor of bytes, of the addresses that are backed (None: all)."""
+    if backed is None:
+        return [(0, flat.numel())]
+    base = flat.data_ptr()
+    offsets = ((max(0, start - base), min(end - base, flat.numel())) for start, end in backed)
+    return [(start, end) for start, end in offsets if start < end]
 
 
 def expandable_segments_refused() -> str | None:

@@ -65,6 +65,20 @@ PAUSED = (
     Relies(f"{_CORE}.pause_scheduler", fingerprints=("e15f7a66297a", "82531c12644b")),
 )
 
+# `_pieces`: on CUDA, a restore that the device has no room for
+IN_PART = (
+    Relies("vllm.device_allocator.cumem:create_and_map", fingerprints=("f528aa7653c5",)),
+    Relies("vllm.device_allocator.cumem:unmap_and_release", fingerprints=("0c582300268b",)),
+    Relies("vllm.v1.core.sched.scheduler:Scheduler.kv_cache_config"),
+    Relies("vllm.v1.kv_cache_interface:KVCacheConfig.num_blocks"),
+    Relies("vllm.config:VllmConfig.scheduler_config"),
+    Relies("vllm.config:VllmConfig.parallel_config"),
+    Relies("vllm.config:VllmConfig.kv_transfer_config"),
+    Relies("vllm.config:ParallelConfig.world_size"),
+    Relies("vllm.config:SchedulerConfig.max_num_seqs"),
+    Relies("vllm.config:SchedulerConfig.max_num_batched_tokens"),
+)
+
 _POOL = "vllm.v1.core.block_pool:BlockPool"
 _QUEUE = "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue"
 

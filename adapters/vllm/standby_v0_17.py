@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlpatch.adapters.vllm._reach import AT_REST, PAUSED
+from rlpatch.adapters.vllm._reach import AT_REST, IN_PART, PAUSED
 from rlpatch.registry import Adapter
 from rlpatch.relies import Relies
 
@@ -33,13 +33,14 @@ class PausedStandby:
         self.engine.reset_caches()
         self.memory.free()
 
-    def restore(self) -> None:
+    def restore(self) -> int | None:
         """Allocate, re-initialise, resume."""
         from rlpatch.adapters.vllm._pool import settle
 
-        self.memory.back()
-        settle(self.engine)
+        blocks = self.memory.back()
+        settle(self.engine, self.memory)
         self.engine.llm.llm_engine.wake_up(tags=["scheduling"])
+        return blocks
 
     def resident_bytes(self) -> int:
         """Bytes of KV memory that are backed right now."""
@@ -78,8 +79,7 @@ ADAPTER = Adapter(
         Relies("vllm.device_allocator.cumem:CuMemAllocator.get_instance"),
         Relies("vllm.device_allocator.cumem:CuMemAllocator.pointer_to_data"),
         Relies("vllm.device_allocator.cumem:AllocationData", parameters=("handle",)),
-        Relies("vllm.device_allocator.cumem:create_and_map", fingerprints=("f528aa7653c5",)),
-        Relies("vllm.device_allocator.cumem:unmap_and_release", fingerprints=("0c582300268b",)),
+        *IN_PART,
         *(
             Relies(f"vllm.v1.worker.{runner}:GPUModelRunner.post_kv_cache_wake_up", versions=">=0.21,<0.29")
             for runner in ("gpu_model_runner", "gpu.model_runner")

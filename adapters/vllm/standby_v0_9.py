@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlpatch.adapters.vllm._reach import AT_REST
+from rlpatch.adapters.vllm._reach import AT_REST, IN_PART
 from rlpatch.errors import StandbyError
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
@@ -56,12 +56,13 @@ class RestingStandby:
         manager.num_free_slots = manager.num_freeable_slots = manager.cache_size
         self.engine.runner.encoder_cache.clear()
 
-    def restore(self) -> None:
+    def restore(self) -> int | None:
         """Allocate, re-initialise."""
         from rlpatch.adapters.vllm._pool import settle
 
-        self.memory.back()
-        settle(self.engine)
+        blocks = self.memory.back()
+        settle(self.engine, self.memory)
+        return blocks
 
     def resident_bytes(self) -> int:
         """Bytes of KV memory that are backed right now."""
@@ -117,7 +118,6 @@ ADAPTER = Adapter(
         Relies("vllm.device_allocator.cumem:CuMemAllocator.get_instance"),
         Relies("vllm.device_allocator.cumem:CuMemAllocator.pointer_to_data"),
         Relies("vllm.device_allocator.cumem:AllocationData", parameters=("handle",)),
-        Relies("vllm.device_allocator.cumem:create_and_map"),
-        Relies("vllm.device_allocator.cumem:unmap_and_release"),
+        *IN_PART,
     ),
 )

@@ -1,0 +1,272 @@
+"""The first blocks of a KV cache, mapped without the others: for a restore that the device has no room for.
+
+vLLM's pool maps an allocation with one handle, all or nothing. Its C extension can do more: ``create_and_map(device, size,
+address, slot)`` creates `size` bytes, maps them at `address` and writes the driver's handle into the 8 bytes at `slot`, and
+``unmap_and_release`` with the same arguments is the inverse (vLLM ``csrc/cumem_allocator.cpp``, the same on CUDA in every
+release). The addresses stay reserved for as long as the allocation lives, so any granules of it can be mapped, each run of
+them with a slot of ours. ROCm builds take a list of chunks instead of a slot; there it stays all or nothing.
+
+Which bytes block n has in a tensor follows from its strides: K and V may be planes of their own, layers may be views of
+one storage, and groups of layers may share bytes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import itertools
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from rlpatch.engine import Engine
+from rlpatch.memory import Engine as PlannedEngine
+from rlpatch.memory import default_margin, from_config
+from rlpatch.memory.engine import activation_bytes
+
+logger = logging.getLogger("rlpatch")
+
+GRANULE = 2 << 20  # what the driver maps; torch rounds large segments up to it, too
+_LEAST = 2  # blocks; block 0 is a placeholder
+_ACTIVATIONS = 1 << 30  # bytes, of an engine whose activations nobody knows
+_TRIES = 2
+
+Span = tuple[int, int]  # addresses, the second one beyond the end
+
+
+# ---- geometry ------------------------------------------------------------------------------------------------------
+
+
+def block_dimension(tensor: torch.Tensor, total: int) -> int | None:
+    """Which dimension of a KV tensor counts the blocks, or None.
+
+    Every backend has it first, or second behind K and V: ``(2, blocks, …)``. Where its kernels want smaller blocks than
+    the scheduler's, each of the `total` blocks is several rows.
+    """
+    if tensor.dim() < 2 or total <= 2:  # a flat buffer; a block dimension that K and V could be taken for
+        return None
+    return next((d for d in (0, 1) if tensor.shape[d] and tensor.shape[d] % total == 0), None)
+
+
+def extent(tensor: torch.Tensor, blocks: int, total: int) -> list[Span]:
+    """Addresses from the first byte of block 0 to the last byte of block ``blocks - 1``, once per plane.
+
+    Raises:
+        RuntimeError: no dimension of `tensor` counts `total` blocks.
+    """
+    dimension = block_dimension(tensor, total)
+    if dimension is None:
+        raise RuntimeError(f"a KV tensor of shape {tuple(tensor.shape)} does not tell where its {total} blocks are")
+    if not blocks or not tensor.numel():
+        return []
+    rows, step = blocks * (tensor.shape[dimension] // total), tensor.stride(dimension)
+    others = [(n, s) for d, (n, s) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)) if d != dimension]
+    length = (rows - 1) * step + 1 + sum((n - 1) * s for n, s in others if s <= step)
+    planes = itertools.product(*(range(0, n * s, s) for n, s in others if s > step and n > 1))
+    width, start = tensor.element_size(), tensor.data_ptr()
+    return [(start + sum(plane) * width, start + (sum(plane) + length) * width) for plane in planes]
+
+
+def merged(spans: Iterable[Span]) -> list[Span]:
+    """`spans` in order, those that touch or overlap made one."""
+    out: list[Span] = []
+    for start, end in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(end, out[-1][1]))
+        elif start < end:
+            out.append((start, end))
+    return out
+
+
+def without(spans: list[Span], holes: list[Span]) -> list[Span]:
+    """What of `spans` is in none of `holes`; both as `merged` returns them."""
+    out = []
+    for start, end in spans:
+        for low, high in holes:
+            if high <= start or low >= end:
+                continue
+            if start < low:
+                out.append((start, low))
+            start = max(start, high)
+        if start < end:
+            out.append((start, end))
+    return out
+
+
+class Prefixes:
+    """Where the first n blocks are in a pool's allocations.
+
+    Bytes that belong to no known tensor stay backed with any n.
+
+    Args:
+        tensors: Every tensor of the KV cache, several of one storage included.
+        allocations: ``(address, size)`` of each allocation, in bytes.
+        total: Blocks of the KV cache.
+
+    Raises:
+        RuntimeError: the allocations or a tensor are not what can be mapped in part.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor], allocations: list[Span], total: int) -> None:
+        for address, size in allocations:
+            if address % GRANULE or size % GRANULE:
+                raise RuntimeError(f"an allocation of {size} bytes at {address:#x} is not made of granules of 2 MiB")
+        self.total = total
+        self._tensors, self._allocations = tensors, allocations
+        self._whole = self._extents(total)
+
+    def _extents(self, blocks: int) -> list[Span]:
+        return merged(span for tensor in self._tensors for span in extent(tensor, blocks, self.total))
+
+    def spans(self, blocks: int) -> list[Span]:
+        """What must be mapped for the first `blocks`: whole granules, none of them twice."""
+        out, holes = [], without(self._whole, self._extents(blocks))
+        for base, size in self._allocations:
+            kept = without([(base, base + size)], holes)
+            out += merged((a // GRANULE * GRANULE, -(-b // GRANULE) * GRANULE) for a, b in kept)
+        return out
+
+    def size(self, blocks: int) -> int:
+        """Bytes of `spans`."""
+        return sum(end - start for start, end in self.spans(blocks))
+
+    def most(self, room: int) -> int:
+        """The largest number of blocks that `room` bytes back."""
+        return max(0, bisect.bisect_right(range(self.total + 1), room, key=self.size) - 1)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes of the device."""
+    free, total = torch.get_device_module(device).mem_get_info(device)
+    return int(free), int(total)
+
+
+def kept_free(engine: Engine, device: int) -> int:
+    """Bytes that a partial restore leaves to the engine: what the memory plan counts beside the KV cache and its own.
+
+    The activations of a forward pass and of sampling, because the allocator's cache has just gone back to the device, and
+    the plan's margin: a fold's table and what fragments. `device`: its total bytes.
+    """
+    config = engine.llm.llm_engine.vllm_config
+    try:
+        planned = PlannedEngine(
+            dtype=str(config.model_config.dtype),
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+        )
+        activations = activation_bytes(from_config(config.model_config.hf_config.to_dict()), planned)
+    except Exception as error:  # an estimate must not be what a rollout dies of
+        logger.debug("rlpatch: the engine's activations cannot be planned: %s", error)
+        activations = int(getattr(engine.worker, "peak_activation_memory", 0)) or _ACTIVATIONS  # vLLM's profiling
+    return activations + default_margin(device)
+
+
+class Prefix:
+    """The first blocks of a KV cache, mapped.
+
+    Attributes:
+        blocks: How many.
+        spans: The addresses that are backed.
+    """
+
+    def __init__(self, device: int, blocks: int, spans: list[Span]) -> None:
+        self.blocks, self.spans = blocks, spans
+        self._device = device
+        self._mapped: list[tuple[tuple[int, int, int, int], ctypes.c_uint64]] = []
+
+    def map(self) -> None:
+        """Map all of it, or nothing.
+
+        Raises:
+            RuntimeError: the driver's error.
+        """
+        from vllm.device_allocator.cumem import create_and_map
+
+        try:
+            for start, end in self.spans:
+                slot = ctypes.c_uint64()
+                handle = (self._device, end - start, start, ctypes.addressof(slot))
+                create_and_map(handle)
+                self._mapped.append((handle, slot))
+        except BaseException:
+            self.unmap()
+            raise
+
+    def unmap(self) -> None:
+        """Unmap what is mapped of it, device idle."""
+        from vllm.device_allocator.cumem import unmap_and_release
+
+        while self._mapped:
+            unmap_and_release(self._mapped[-1][0])
+            self._mapped.pop()
+
+    def resident_bytes(self) -> int:
+        """Bytes mapped now."""
+        return sum(handle[1] for handle, _ in self._mapped)
+
+
+def fits(device: torch.device, allocations: list[Any]) -> bool:
+    """Whether the device has room for the pool's `allocations`."""
+    return memory(device)[0] >= size_of(allocations)
+
+
+def size_of(allocations: list[Any]) -> int:
+    """Bytes of the pool's `allocations`."""
+    return sum(data.handle[1] for data in allocations)
+
+
+def map_prefix(engine: Engine, allocations: list[Any], cause: BaseException | None = None) -> Prefix:
+    """Map as many blocks as there is room for, of a KV cache that consists of the pool's `allocations`, all unmapped.
+
+    What is free is looked up again if another process takes it in between, once.
+
+    Args:
+        cause: Why not all of it, if that is an error.
+
+    Raises:
+        RuntimeError: not even two blocks; or this KV cache can be mapped as a whole only. Nothing is mapped then.
+    """
+    needed = f"{size_of(allocations) >> 20} MiB are needed" if cause is None else str(cause)
+    why = _whole_only(engine, allocations)
+    if why is not None:
+        raise RuntimeError(f"{needed}, and it comes back as a whole or not at all, because {why}") from cause
+    device = allocations[0].handle[0]
+    total = int(engine.core.scheduler.kv_cache_config.num_blocks)
+    try:
+        prefixes = Prefixes(engine.kv_views(), [(data.handle[2], data.handle[1]) for data in allocations], total)
+    except RuntimeError as error:
+        raise RuntimeError(f"{needed}, and it comes back as a whole or not at all, because {error}") from cause
+    for left in reversed(range(_TRIES)):
+        free, size = memory(engine.device)
+        kept = kept_free(engine, size)
+        blocks = prefixes.most(free - kept)
+        if blocks < _LEAST:
+            raise RuntimeError(
+                f"{needed}, and beside {kept >> 20} MiB kept for the engine's activations and the fold there is room for "
+                f"{blocks} of {total} blocks"
+            ) from cause
+        prefix = Prefix(device, blocks, prefixes.spans(blocks))
+        try:
+            prefix.map()
+        except RuntimeError:
+            if not left:
+                raise
+        else:
+            return prefix
+    raise AssertionError("unreachable")
+
+
+def _whole_only(engine: Engine, allocations: list[Any]) -> str | None:
+    config = engine.llm.llm_engine.vllm_config
+    if not all(isinstance(data.handle[3], int) for data in allocations):
+        return "this build of vLLM maps in chunks (ROCm)"
+    if config.parallel_config.world_size > 1:
+        return "every rank of the engine must have the same blocks"
+    if config.kv_transfer_config is not None:
+        return "a KV connector has registered all of it"
+    return None
