@@ -178,7 +178,7 @@ ADAPTER = Adapter(
         Relies("vllm.device_allocator.cumem:CuMemAllocator.wake_up", contains=("not data.is_asleep",)),
         Relies(
             "vllm.device_allocator.cumem:CuMemAllocator.discard",
-            contains=("if data.is_asleep", "unmap_and_release(data.handle)"),
+            contains=("data.is_asleep", "unmap_and_release(data.handle)"),
         ),
         Relies("vllm.v1.worker.cpu_worker:CPUWorker.discard", positional=("tags",)),
         Relies("vllm.v1.worker.cpu_worker:CPUWorker.wake_up", positional=("tags",)),

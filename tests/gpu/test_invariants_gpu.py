@@ -159,11 +159,11 @@ def test_interrupted_rollout(
 
 
 def test_restore_without_memory_is_told_and_can_be_tried_again(trainer: Any, pair: phases.Colocation) -> None:
-    """A real out-of-memory: the device is filled while the KV cache is out."""
+    """A real out-of-memory: the device is filled while the KV cache is out (in part: test_partial_restore_gpu.py)."""
     expected = generate(trainer)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    ballast = torch.empty(free - KV // 2, dtype=torch.uint8, device="cuda")
+    ballast = torch.empty(free - (256 << 20), dtype=torch.uint8, device="cuda")
     before = trainer.model.lm_head.weight.detach().clone()
     with pytest.raises(StandbyError, match="vllm_gpu_memory_utilization"):
         generate(trainer)

@@ -346,7 +346,7 @@ def test_what_comes_back_whole_or_not_at_all(rig: Rig, why: str) -> None:
         for data in rig.data.values():
             data.handle = (*data.handle[:3], [(data.handle[3], data.handle[1])])
     else:
-        rig.engine.kv_views = lambda: [raw for raw in rig.raws]
+        rig.engine.kv_views = lambda: list(rig.raws)
     with pytest.raises(RuntimeError, match="as a whole or not at all"):
         rig.memory.back()
     assert not rig.driver.mapped and rig.asleep() == {True}
@@ -356,7 +356,7 @@ def test_a_quantized_cache_is_zeroed_where_it_is_backed(monkeypatch: pytest.Monk
     """Zeroing a whole storage would touch what is not mapped."""
     rig = Rig(monkeypatch, torch.uint8)
     # real tensors over whole storages, as settle takes them
-    rig.engine.kv_tensors = lambda: [raw for raw in rig.raws]
+    rig.engine.kv_tensors = lambda: list(rig.raws)
     rig.memory.free()
     rig.driver.taken = rig.total // 2
     rig.memory.back()

@@ -500,7 +500,7 @@ def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
     torch = pytest.importorskip("torch")
     release = request.param
     have(release)
-    from rlpatch.adapters.vllm import _pool
+    from rlpatch.adapters.vllm import _pieces, _pool
 
     driver = Driver()
 
@@ -539,7 +539,14 @@ def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
 
     tensors = [tensor(address, size) for address, size in KV.items()]
     tensors.append(tensor(0x5000_0000_0000, 4 * GRANULE))  # a layer's cache that does not fill its allocation
-    engine = SimpleNamespace(device=torch.device("cuda"), kv_tensors=lambda: tensors, runner=SimpleNamespace())
+    config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=2))  # so it comes back as a whole or not at all
+    engine = SimpleNamespace(
+        device=torch.device("cuda"),
+        kv_tensors=lambda: tensors,
+        runner=SimpleNamespace(),
+        llm=SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config)),
+    )
+    monkeypatch.setattr(_pieces, "memory", lambda device: (1 << 50, 1 << 50))
     monkeypatch.setattr(_pool, "synchronize", lambda device: None)
     monkeypatch.setattr(_pool, "make_room", lambda device: None)
     return SimpleNamespace(release=release, driver=driver, allocator=allocator, engine=engine)
