@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlpatch.adapters.vllm._pieces import GRANULE, Prefix, Span, fits, map_prefix, size_of
+from rlpatch.adapters.vllm._pieces import GRANULE, Pieces, Span, map_what_fits
 from rlpatch.engine import Engine
 from rlpatch.errors import StandbyError
 from rlpatch.standby import ResizedStorages, make_room
@@ -27,9 +27,8 @@ class PoolAllocations:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._mapped = self._find()
-        self._out: list[Any] = []
-        self._prefix: Prefix | None = None  # what is mapped of `_out`
+        self._allocations = self._find()
+        self._pieces: Pieces | None = Pieces.of_pool(self._allocations, mapped=True)
 
     def _find(self) -> list[Any]:
         from vllm.device_allocator.cumem import CuMemAllocator
@@ -52,14 +51,10 @@ class PoolAllocations:
 
     def free(self) -> None:
         """Unmap; whatever uses the KV cache has been waited for."""
-        from vllm.device_allocator.cumem import unmap_and_release
-
-        self._drop_prefix()
-        while self._mapped:
-            data = self._mapped.pop()
-            unmap_and_release(data.handle)
-            mark([data], True)
-            self._out.append(data)
+        if self._pieces is not None:
+            self._pieces.unmap()
+            self._pieces = None
+            mark(self._allocations, True)
 
     def back(self) -> int | None:
         """Map at the same addresses; returns the number of blocks if memory does not suffice for all of them.
@@ -68,53 +63,18 @@ class PoolAllocations:
             RuntimeError: it does not suffice for any; nothing is mapped then.
         """
         make_room(self._engine.device)
-        self._drop_prefix()  # of a restore that failed later on
-        cause: RuntimeError | None = None
-        if fits(self._engine.device, self._out):
-            try:
-                map_all(self._out)
-            except RuntimeError as error:  # somebody else was faster
-                cause = error
-            else:
-                self._mapped, self._out = self._out, []
-                return None
-        self._prefix = map_prefix(self._engine, self._out, cause)
-        mark(self._out, False)
-        return self._prefix.blocks
-
-    def _drop_prefix(self) -> None:
-        if self._prefix is not None:
-            self._prefix.unmap()
-            self._prefix = None
-            mark(self._out, True)
+        self.free()  # what is left of a restore that failed later on
+        self._pieces = map_what_fits(self._engine, self._allocations)
+        mark(self._allocations, False)
+        return self._pieces.blocks
 
     def backed(self) -> list[Span] | None:
         """The addresses that are mapped, if only some are."""
-        return self._prefix.spans if self._prefix is not None else None
+        return None if self._pieces is None or self._pieces.blocks is None else self._pieces.spans
 
     def resident_bytes(self) -> int:
         """Bytes mapped for the KV cache now."""
-        return self._prefix.resident_bytes() if self._prefix is not None else size_of(self._mapped)
-
-
-def map_all(allocations: list[Any]) -> None:
-    """Map every one of the pool's `allocations` at its address, or none: if memory runs out, what was mapped goes back.
-
-    Raises:
-        RuntimeError: the driver's error.
-    """
-    from vllm.device_allocator.cumem import create_and_map, unmap_and_release
-
-    done: list[Any] = []
-    try:
-        for data in allocations:
-            create_and_map(data.handle)
-            done.append(data)
-    except BaseException:
-        for data in done:
-            unmap_and_release(data.handle)
-        raise
-    mark(done, False)
+        return 0 if self._pieces is None else self._pieces.resident_bytes()
 
 
 def mark(allocations: list[Any], asleep: bool) -> None:

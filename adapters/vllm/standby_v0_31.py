@@ -4,10 +4,10 @@
 caches) → ``Executor.discard(("kv_cache",))`` → ``Worker.discard``: weights stay mapped. It wants ``LLM.sleep(level=0)``
 first and an engine at rest: called right after ``generate()`` it raises "requires a completed pause first", because
 finished ids are not flushed and, with asynchronous scheduling, a batch is still in ``batch_queue``; `rlpatch.standby`
-drains before it calls. Back: ``LLM.wake_up(tags=["kv_cache"])``, which resumes scheduling once all is resident. It maps
-all or nothing: where the device has no room for all, the first blocks are mapped beforehand (`_pieces`) and the pool is
-told that its allocations are awake, so that ``wake_up`` finds nothing to map and does the rest; before the next release
-it is told that they sleep, so that ``discard`` unmaps nothing, and the pieces go.
+drains before it calls. Back: ``LLM.wake_up(tags=["kv_cache"])``, which resumes scheduling once all is resident. The two
+keep upstream's books, while the memory itself is mapped and unmapped by `_pieces`: ``wake_up`` would map all or nothing and
+with one handle, which is slow, and ``discard`` would wait for the device, which unfolds a LoRA meanwhile. So the pool is
+told that its allocations are awake before it wakes them, and that they sleep before it discards them.
 On CPU ``CPUWorker.discard`` raises "Selective discard is not supported on CPU." and ``CPUWorker.wake_up`` does nothing;
 there the two are wrapped so that the KV storages are resized to nothing and back, and the process's memory really falls.
 Delete when: the oldest supported vLLM is 0.31 and its release drains by itself; then the trainer can call it directly.
@@ -28,7 +28,7 @@ from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
 
 if TYPE_CHECKING:
-    from rlpatch.adapters.vllm._pieces import Prefix
+    from rlpatch.adapters.vllm._pieces import Pieces
     from rlpatch.engine import Engine
 
 
@@ -37,87 +37,63 @@ class NativeStandby:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        # The pool's accounting differs by device; what counts for us is whether the executor holds the tag mapped.
-        self._bytes = sum(tensor.untyped_storage().nbytes() for tensor in engine.kv_tensors())
+        self._allocations: list[Any] = []  # of the pool's, on CUDA
+        self._pieces: Pieces | None = None
+        if engine.device.type == "cuda":
+            from vllm.device_allocator.cumem import CuMemAllocator
 
-        self._prefix: Prefix | None = None
-        self._partly: list[Any] = []  # the pool's allocations that `_prefix` is a part of
+            from rlpatch.adapters.vllm._pieces import Pieces
+
+            found = CuMemAllocator.get_instance().pointer_to_data.values()
+            self._allocations = [data for data in found if data.tag == "kv_cache"]
+            self._pieces = Pieces.of_pool(self._allocations, mapped=True)
 
     def release(self) -> None:
         """Pause, then discard the ``kv_cache`` tag."""
         front = self.engine.llm.llm_engine
         front.sleep(level=0)
-        if self._prefix is None:
-            front.release_kv_cache_memory()
-            return
         with self._marked(True):
             front.release_kv_cache_memory()
-        self._prefix.unmap()
-        self._prefix = None
+        if self._pieces is not None:
+            self._pieces.unmap()
+            self._pieces = None
 
     def restore(self) -> int | None:
         """Map the ``kv_cache`` tag again, or what there is room for; scheduling resumes with it."""
         from rlpatch.standby import make_room
 
         make_room(self.engine.device)
-        if self.engine.device.type != "cuda":
-            self._wake_up()
-            return None
-        from rlpatch.adapters.vllm._pieces import fits, map_prefix
+        if self._allocations:
+            from rlpatch.adapters.vllm._pieces import map_what_fits
 
-        cause: RuntimeError | None = None
-        if fits(self.engine.device, self._asleep()):
-            try:
-                self._wake_up()
-            except RuntimeError as error:
-                if "kv_cache" not in self.engine.core.model_executor.sleeping_tags:
-                    raise  # all of it came back
-                cause = error  # somebody else was faster
-                self._pool().discard(("kv_cache",))  # what was mapped of it
-            else:
-                return None
-        self._partly = self._asleep()
-        prefix = map_prefix(self.engine, self._partly, cause)
+            self._pieces = map_what_fits(self.engine, self._allocations)
         try:
             with self._marked(False):
-                self._wake_up()
+                self.engine.llm.llm_engine.wake_up(tags=["kv_cache"])
         except BaseException:
-            prefix.unmap()
+            if self._pieces is not None:
+                self._pieces.unmap()
+                self._pieces = None
             raise
-        self._prefix = prefix
-        return prefix.blocks
-
-    def _wake_up(self) -> None:
-        self.engine.llm.llm_engine.wake_up(tags=["kv_cache"])
-
-    def _pool(self) -> Any:
-        from vllm.device_allocator.cumem import CuMemAllocator
-
-        return CuMemAllocator.get_instance()
-
-    def _asleep(self) -> list[Any]:
-        return [data for data in self._pool().pointer_to_data.values() if data.tag == "kv_cache" and data.is_asleep]
+        return self._pieces.blocks if self._pieces is not None else None
 
     @contextlib.contextmanager
     def _marked(self, asleep: bool) -> Iterator[None]:
-        """Tell the pool that what is mapped in part sleeps or not; taken back if the block fails."""
+        """Tell the pool that the KV cache's allocations sleep or not; taken back if the block fails."""
         from rlpatch.adapters.vllm._pool import mark
 
-        mark(self._partly, asleep)
+        mark(self._allocations, asleep)
         try:
             yield
         except BaseException:
-            mark(self._partly, not asleep)
+            mark(self._allocations, not asleep)
             raise
 
     def resident_bytes(self) -> int:
         """Bytes of KV memory that are backed right now."""
-        if self.engine.device.type == "cpu":
-            return sum(tensor.untyped_storage().nbytes() for tensor in self.engine.kv_tensors())
-        if self._prefix is not None:
-            return self._prefix.resident_bytes()
-        asleep = "kv_cache" in self.engine.core.model_executor.sleeping_tags
-        return 0 if asleep else self._bytes
+        if self._allocations:
+            return self._pieces.resident_bytes() if self._pieces is not None else 0
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.engine.kv_tensors())
 
 
 def _patches(context: Context) -> list[Patch]:

@@ -53,7 +53,6 @@ class Rig:
         patch.setattr(_pool, "GRANULE", GRANULE)
         patch.setattr(_pieces, "memory", lambda device: (driver.free(), driver.capacity or 1 << 50))
         patch.setattr(_pieces, "kept_free", lambda engine, device: KEPT)
-        patch.setattr(_pool, "synchronize", lambda device: None)
         for module in ("rlpatch.adapters.vllm._pool.make_room", "rlpatch.standby.make_room"):
             patch.setattr(module, lambda device: None)
         patch.setattr(cumem, "cumem_available", True)

@@ -224,7 +224,6 @@ class Rig:
             kv_tensors=lambda: storages,
             kv_views=lambda: views,
         )
-        monkeypatch.setattr(_pool, "synchronize", lambda device: None)
         monkeypatch.setattr(_pool, "make_room", lambda device: None)
         monkeypatch.setattr(_pieces, "memory", lambda device: (self.driver.free(), self.driver.capacity or 1 << 50))
         monkeypatch.setattr(_pieces, "kept_free", lambda engine, device: self.kept)
@@ -249,6 +248,35 @@ def test_all_of_it_as_before_where_it_fits(rig: Rig) -> None:
         assert rig.memory.back() is None and rig.memory.backed() is None
         assert sorted(rig.driver.log) == sorted(("map", raw.data_ptr(), raw.numel()) for raw in rig.raws)
         assert rig.memory.resident_bytes() == rig.total and rig.asleep() == {False}
+
+
+def test_large_allocations_come_in_pieces(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = rig.raws[0].numel()
+    monkeypatch.setattr(_pieces, "PIECE", 5 * GRANULE)
+    assert size % (5 * GRANULE)  # the last one is smaller
+    for taken in (0, rig.total // 2):
+        rig.memory.free()
+        rig.driver.taken = taken
+        blocks = rig.memory.back()
+        assert (blocks is None) is (taken == 0)
+        assert max(held for held, _ in rig.driver.mapped.values()) == 5 * GRANULE
+        assert rig.driver.used() == rig.memory.resident_bytes() <= rig.total - taken
+    rig.memory.free()
+    assert not rig.driver.mapped
+
+
+def test_chunked_handles_come_as_they_are(rig: Rig) -> None:
+    """ROCm builds."""
+    rig.memory.free()
+    for data in rig.data.values():
+        data.handle = (*data.handle[:3], [data.handle[3]])
+    seen: list[Any] = []
+    module = sys.modules["vllm.device_allocator.cumem"]
+    module.create_and_map = seen.append  # type: ignore[attr-defined]
+    module.unmap_and_release = seen.remove  # type: ignore[attr-defined]
+    assert rig.memory.back() is None and seen == [data.handle for data in rig.data.values()]
+    rig.memory.free()
+    assert not seen
 
 
 def test_as_many_blocks_as_there_is_room_for(rig: Rig) -> None:
