@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable
 
 POISON = 0xFF
+Chunks = list[tuple[int, int]]  # (slot, size): what ROCm builds take
 Handle = tuple[int, int, int, int]
 
 
@@ -38,7 +39,7 @@ class FakeDriver:
     def free(self) -> int:
         return (1 << 50) if self.capacity is None else self.capacity - self.taken - self.used()
 
-    def create_and_map(self, device: int, size: int, address: int, slot: int) -> None:
+    def create_and_map(self, device: int, size: int, address: int, slot: int | Chunks) -> None:
         self.before_map()
         assert size > 0
         for base, (held, _) in self.mapped.items():
@@ -46,15 +47,15 @@ class FakeDriver:
         if size > self.free():
             raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:62")
         self._handles += 1
-        ctypes.c_uint64.from_address(slot).value = self._handles
+        _number(slot).value = self._handles
         self.mapped[address] = (size, self._handles)
         ctypes.memset(address, 0, size)
         self.log.append(("map", address, size))
 
-    def unmap_and_release(self, device: int, size: int, address: int, slot: int) -> None:
+    def unmap_and_release(self, device: int, size: int, address: int, slot: int | Chunks) -> None:
         held, handle = self.mapped.pop(address)
         assert held == size, "a mapping goes as it came"
-        assert ctypes.c_uint64.from_address(slot).value == handle, "another mapping's handle is in the slot"
+        assert _number(slot).value == handle, "another mapping's handle is in the slot"
         ctypes.memset(address, POISON, size)
         self.log.append(("unmap", address, size))
 
@@ -73,3 +74,7 @@ class FakeDriver:
             if low < high:
                 out[low - address : high - address] = b"\1" * (high - low)
         return out
+
+
+def _number(slot: int | Chunks) -> ctypes.c_uint64:
+    return ctypes.c_uint64.from_address(slot if isinstance(slot, int) else slot[0][0])

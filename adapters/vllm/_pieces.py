@@ -243,7 +243,7 @@ def map_what_fits(engine: Engine, allocations: list[Any]) -> Pieces:
         RuntimeError: there is no room, see `map_prefix`; nothing is mapped then.
     """
     cause: RuntimeError | None = None
-    if memory(engine.device)[0] >= size_of(allocations):
+    if memory(engine.device)[0] >= size_of(allocations) or _whole_only(engine, allocations) is not None:
         if _has_slots(allocations):
             spans = [(data.handle[2], data.handle[2] + data.handle[1]) for data in allocations]
             pieces = Pieces.cut(allocations[0].handle[0], spans)

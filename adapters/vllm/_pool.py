@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlpatch.adapters.vllm._pieces import GRANULE, Pieces, Span, map_what_fits
-from rlpatch.engine import Engine
+from rlpatch.engine import Engine, synchronize
 from rlpatch.errors import StandbyError
 from rlpatch.standby import ResizedStorages, make_room
 
@@ -63,7 +63,9 @@ class PoolAllocations:
             RuntimeError: it does not suffice for any; nothing is mapped then.
         """
         make_room(self._engine.device)
-        self.free()  # what is left of a restore that failed later on
+        if self._pieces is not None:  # of a restore that failed later on
+            synchronize(self._engine.device)
+            self.free()
         self._pieces = map_what_fits(self._engine, self._allocations)
         mark(self._allocations, False)
         return self._pieces.blocks

@@ -16,9 +16,7 @@ The CPU part: when vLLM's CPU worker implements discard.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlpatch.adapters.vllm._platform import on_cpu
@@ -50,44 +48,41 @@ class NativeStandby:
 
     def release(self) -> None:
         """Pause, then discard the ``kv_cache`` tag."""
+        from rlpatch.adapters.vllm._pool import mark
+
         front = self.engine.llm.llm_engine
         front.sleep(level=0)
-        with self._marked(True):
+        mark(self._allocations, True)
+        try:
             front.release_kv_cache_memory()
+        except BaseException:
+            mark(self._allocations, False)
+            raise
         if self._pieces is not None:
             self._pieces.unmap()
             self._pieces = None
 
     def restore(self) -> int | None:
         """Map the ``kv_cache`` tag again, or what there is room for; scheduling resumes with it."""
+        from rlpatch.adapters.vllm._pool import mark
         from rlpatch.standby import make_room
 
         make_room(self.engine.device)
-        if self._allocations:
+        if self._allocations and self._pieces is None:  # else a restore was interrupted when all was mapped
             from rlpatch.adapters.vllm._pieces import map_what_fits
 
-            self._pieces = map_what_fits(self.engine, self._allocations)
+            pieces = map_what_fits(self.engine, self._allocations)
+            mark(self._allocations, False)
+            self._pieces = pieces
         try:
-            with self._marked(False):
-                self.engine.llm.llm_engine.wake_up(tags=["kv_cache"])
+            self.engine.llm.llm_engine.wake_up(tags=["kv_cache"])
         except BaseException:
-            if self._pieces is not None:
+            if self._pieces is not None and "kv_cache" in self.engine.core.model_executor.sleeping_tags:
+                mark(self._allocations, True)
                 self._pieces.unmap()
                 self._pieces = None
             raise
         return self._pieces.blocks if self._pieces is not None else None
-
-    @contextlib.contextmanager
-    def _marked(self, asleep: bool) -> Iterator[None]:
-        """Tell the pool that the KV cache's allocations sleep or not; taken back if the block fails."""
-        from rlpatch.adapters.vllm._pool import mark
-
-        mark(self._allocations, asleep)
-        try:
-            yield
-        except BaseException:
-            mark(self._allocations, not asleep)
-            raise
 
     def resident_bytes(self) -> int:
         """Bytes of KV memory that are backed right now."""

@@ -53,6 +53,7 @@ class Rig:
         patch.setattr(_pool, "GRANULE", GRANULE)
         patch.setattr(_pieces, "memory", lambda device: (driver.free(), driver.capacity or 1 << 50))
         patch.setattr(_pieces, "kept_free", lambda engine, device: KEPT)
+        patch.setattr(_pool, "synchronize", lambda device: None)
         for module in ("rlpatch.adapters.vllm._pool.make_room", "rlpatch.standby.make_room"):
             patch.setattr(module, lambda device: None)
         patch.setattr(cumem, "cumem_available", True)
@@ -212,13 +213,16 @@ def test_a_driver_that_goes_on_failing(rig: Rig, share: int) -> None:
     assert len(rig.tokens(4)) == len(PROMPTS)
 
 
-def test_upstreams_part_of_a_restore_fails(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waking up raises after the pieces are mapped: all is as it was, and can be tried again."""
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_upstreams_part_of_a_restore_fails(rig: Rig, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Waking up raises after the pieces are mapped, before or after vLLM takes them for awake; it can be tried again."""
     rig.driver.taken = rig.total // 2
     front = type(rig.llm.llm_engine)
     original = front.wake_up
 
     def broken(self: Any, tags: Any = None) -> Any:
+        if when == "after":
+            original(self, tags)
         raise RuntimeError("something else")
 
     monkeypatch.setattr(front, "wake_up", broken)
@@ -227,6 +231,7 @@ def test_upstreams_part_of_a_restore_fails(rig: Rig, monkeypatch: pytest.MonkeyP
     assert rig.standby.released
     monkeypatch.setattr(front, "wake_up", original)
     assert len(rig.tokens(4)) == len(PROMPTS) and rig.untouched()
+    assert rig.standby.blocks is not None and rig.standby.blocks.usable <= TOTAL // 2
 
 
 def test_a_release_that_upstream_refuses_keeps_the_pieces(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
