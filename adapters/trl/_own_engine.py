@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlpatch.adapters.trl import _pairing
-from rlpatch.patching import Patch
+from rlpatch.patching import Patch, Wrapper
 from rlpatch.registry import Context
 from rlpatch.relies import Relies
 
@@ -92,8 +92,8 @@ def _build(context: Context, wrapped: Any, args: tuple[Any, ...], kwargs: dict[s
     return llm
 
 
-def patches(context: Context, module: str, trainer: str) -> list[Patch]:
-    """The patches for the class `trainer` of `module`."""
+def patches(context: Context, module: str, trainer: str, push: Wrapper = _pairing.sync_weights) -> list[Patch]:
+    """The patches for the class `trainer` of `module`; `push` goes around its ``_move_model_to_vllm``."""
 
     def init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         token = _constructing.set(instance)
@@ -108,7 +108,7 @@ def patches(context: Context, module: str, trainer: str) -> list[Patch]:
     return [
         Patch(module, f"{trainer}.__init__", init),
         Patch(module, "LLM", build),
-        Patch(module, f"{trainer}._move_model_to_vllm", _pairing.sync_weights),
+        Patch(module, f"{trainer}._move_model_to_vllm", push),
     ]
 
 

@@ -34,14 +34,20 @@ def known_bad(*ids: str) -> bool:
     return any(entry.id in ids for entry in matrix.load().known_bad_for(installed))
 
 
+class Stale(Exception):
+    """An engine is about to generate with weights that are not the policy's."""
+
+
 @contextlib.contextmanager
-def lags(trainer: Any) -> Iterator[list[float]]:
-    """Per generation: the largest difference between the engine's head and the trainer's."""
+def lags(trainer: Any, limit: float = float("inf")) -> Iterator[list[float]]:
+    """Per generation: the largest difference between the engine's head and the trainer's; `Stale` above `limit`."""
     engine, seen = Engine(worker.engine_of(trainer)), []
 
     def generate(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ours, theirs = trainer.model.get_parameter("lm_head.weight"), engine.model.get_parameter("lm_head.weight")
         seen.append(float((ours - theirs[: ours.shape[0]]).detach().abs().max()))
+        if seen[-1] > limit:
+            raise Stale
         return wrapped(*args, **kwargs)
 
     patch_set = PatchSet("lags", [Patch("vllm.entrypoints.llm", "LLM.generate", generate)])
@@ -52,8 +58,8 @@ def lags(trainer: Any) -> Iterator[list[float]]:
         patch_set.revert()
 
 
-def trained(trainer: Any) -> list[float]:
-    with lags(trainer) as seen:
+def trained(trainer: Any, limit: float = float("inf")) -> list[float]:
+    with lags(trainer, limit) as seen, contextlib.suppress(Stale):
         trainer.train()
     return seen
 
