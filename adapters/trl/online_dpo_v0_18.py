@@ -2,7 +2,8 @@
 
 ``OnlineDPOTrainer.__init__`` builds ``LLM(model=…, dtype=torch.float32)`` before there is an accelerator, in a process of
 its own (no ``external_launcher``), so that its weights cannot be shared; ``_generate_vllm`` hands the whole
-``state_dict`` to ``load_weights`` before each generation.
+``state_dict`` to ``llm_engine.model_executor…load_weights`` before each generation, which finds no ``model_executor``
+unless ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` keeps the engine in this process.
 Delete when: the oldest supported TRL is 0.23.
 """
 

@@ -1,7 +1,8 @@
-"""Online DPO's colocated generation as one cycle, and that of NashMD and XPO, which inherit it (0.23 to 0.25).
+"""Online DPO's colocated generation as one cycle (0.23 to 0.25).
 
 ``OnlineDPOTrainer.__init__`` builds ``LLM(**vllm_kwargs)``; ``_generate_vllm_colocate`` calls
-``_move_model_to_vllm`` before every generation. There is no sleep mode.
+``_move_model_to_vllm`` before every generation. There is no sleep mode. NashMD and XPO inherit the engine and never use it
+(see online_dpo_v0_26).
 Delete when: the oldest supported TRL is 0.26.
 """
 

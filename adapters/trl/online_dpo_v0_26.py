@@ -1,8 +1,10 @@
-"""Online DPO's colocated generation as one cycle, and that of NashMD and XPO, which inherit it (0.26 and later).
+"""Online DPO's colocated generation as one cycle (0.26 and later).
 
 As in 0.23 (see online_dpo_v0_23), in ``trl.experimental``; it never moved to ``VLLMGeneration``. From 0.28 it has a sleep
 mode, and pushes only when ``state.global_step`` has changed: with gradient accumulation every generation but the step's
 first comes from weights that level 2 discarded (1.16 still). `_own_engine` has the push follow every such sleep.
+NashMD and XPO (to 1.13) inherit the engine and never generate with it: they call ``model.generate`` with what
+``use_vllm`` leaves of the generation settings, which fails in the first step, with rlpatch as without.
 Delete when: Online DPO generates through ``VLLMGeneration``.
 """
 
