@@ -40,7 +40,6 @@ KINDS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     "sdft": (("trl.experimental.sdft",), "SDFT", {**GROUPED, "distillation_topk": 8}),
     "ssd": (("trl.experimental.ssd",), "SSD", {**GROUPED, "num_generations": 1}),
     "minillm": (("trl.experimental.minillm",), "MiniLLM", GROUPED),
-    "gmpo": (("trl.experimental.gmpo",), "GMPO", GROUPED),
     "dppo": (("trl.experimental.dppo",), "DPPO", GROUPED),
     "grpo_with_replay_buffer": (("trl.experimental.grpo_with_replay_buffer",), "GRPOWithReplayBuffer", GROUPED),
 }
