@@ -432,7 +432,9 @@ def _planned(made: dict[str, Any] | None) -> Iterable[Finding]:
     """The memory plan of a live engine, term by term."""
     if made is None:
         return
-    what = f"sizes the KV cache: {show(made['kv_cache_memory_bytes'])}" if made["applied"] else "is not applied"
+    what = "is not applied"
+    if made["applied"]:
+        what = f"sizes the KV cache: {show(made['kv_cache_memory_bytes'])}, {made['kv_sized_by']}"
     terms = made.get("terms", ())
     phases = []
     for phase in ("generating", "training"):

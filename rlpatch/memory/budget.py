@@ -6,13 +6,14 @@ Arithmetic and words; what the device holds is told by a `Room`. Imports no torc
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlpatch.errors import UsageError
 from rlpatch.memory.live import describe
-from rlpatch.memory.planning import Plan, plan
+from rlpatch.memory.planning import FILL, Plan, plan
 from rlpatch.memory.sizes import show
 from rlpatch.memory.training import TILES
 
@@ -30,6 +31,7 @@ _FIELDS = {
     "enforce_eager": "eager",
     "kv_cache_dtype": "kv_dtype",
     "block_size": "block_size",
+    "watermark": "watermark",
 }
 
 
@@ -109,10 +111,11 @@ class Decision:
         made = self.plan
         if made is None or not self.applied:
             return f"memory plan: not applied: {self.reason}"
+        of = f" of the {show(made.kv_left_bytes)} that are left" if made.sized_by == FILL else ""
         return (
-            f"memory plan: {show(made.kv_cache_memory_bytes)} of KV cache ({made.kv_tokens:,} tokens); beside it "
-            f"{show(made.generating)} stay resident, and training peaks at {show(made.training)}, of "
-            f"{show(made.available)} ({self.reason})"
+            f"memory plan: {show(made.kv_cache_memory_bytes)} of KV cache ({made.kv_tokens:,} tokens), "
+            f"{made.sized_by}{of}; beside it {show(made.generating)} stay resident, and training peaks at "
+            f"{show(made.training)}, of {show(made.available)} ({self.reason})"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,6 +129,8 @@ class Decision:
             "arguments": dict(self.arguments),
             "warnings": list(self.warnings),
             "kv_cache_memory_bytes": made.kv_cache_memory_bytes,
+            "kv_left_bytes": made.kv_left_bytes,
+            "kv_sized_by": made.sized_by,
             "gpu_memory_utilization": made.gpu_memory_utilization,
             "device": made.device,
             "available": made.available,
@@ -174,7 +179,8 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
     reason = f"{SETTING} was left alone"
     if release.takes_bytes:
         found["kv_cache_memory_bytes"] = made.kv_cache_memory_bytes
-    longest = made.kv_tokens - made.kv_tokens % _SPARE - _SPARE
+    held = made.left_blocks * made.block_size
+    longest = held - held % _SPARE - _SPARE
     if arguments.get("max_model_len") is None and 0 < longest < positions * _stretch(budget.model):
         # vLLM would take the model's longest sequence, and refuse to start with a KV cache that cannot hold it
         found["max_model_len"] = min(longest, positions)
@@ -198,18 +204,36 @@ def _plan(
         masters=budget.masters,
         head=budget.head,
         engine_dtype=None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
-        # two copies are never needed: where they do not fit, the engine takes the weights tensor by tensor
-        engine={**fields, "counts_graphs": release.counts_graphs, "load_copies": 1},
+        engine={
+            **fields,
+            "counts_graphs": release.counts_graphs,
+            "told_block_size": "block_size" in fields,
+            "unbounded": _unbounded(arguments, release),
+        },
     )
+    if "max_model_len" not in fields:  # vLLM takes the model's
+        engine = replace(engine, longest=math.ceil(shape.positions * _stretch(budget.model)))
     made = plan(shape, training, engine, room.total, others=room.others, utilization=utilization)
     return made, shape.positions
+
+
+def _unbounded(arguments: Mapping[str, Any], release: Release) -> str:
+    """See `rlpatch.memory.Engine`."""
+    if not release.takes_bytes:
+        return "this vLLM takes no size of the KV cache, only a share of the device"
+    if arguments.get("max_num_seqs") is None:
+        return "vLLM is given no max_num_seqs"
+    return "speculative_config adds layers" if arguments.get("speculative_config") else ""
 
 
 def _stretch(model: Any) -> float:
     """By how much the config's rotary embedding stretches its positions, at most."""
     config = getattr(model, "config", None)
-    scaled = (getattr(config, name, None) for name in ("rope_scaling", "rope_parameters"))
-    factors = [entry.get("factor") for entry in scaled if isinstance(entry, Mapping)]
+    configs = (config, getattr(config, "text_config", None))
+    scaled = [getattr(one, name, None) for one in configs for name in ("rope_scaling", "rope_parameters")]
+    entries = [entry for entry in scaled if isinstance(entry, Mapping)]
+    entries += [each for entry in entries for each in entry.values() if isinstance(each, Mapping)]  # by kind of layer
+    factors = [entry.get("factor") for entry in entries]
     return max([1.0, *(float(factor) for factor in factors if isinstance(factor, (int, float)))])
 
 

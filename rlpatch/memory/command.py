@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlpatch.errors import UsageError
 from rlpatch.memory.engine import Engine
 from rlpatch.memory.model import ModelShape, read
-from rlpatch.memory.planning import GENERATING, TRAINING, Plan, plan
+from rlpatch.memory.planning import FILL, GENERATING, TRAINING, Plan, plan
 from rlpatch.memory.sizes import parse_device, parse_size, show
 from rlpatch.memory.training import FULL, TILES, Training
 
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
     engine = made.add_argument_group("engine")
     engine.add_argument("--kv-cache-dtype", default="auto", metavar="D", help="auto, fp8, bfloat16, …")
-    engine.add_argument("--block-size", type=int, default=16, metavar="N")
+    engine.add_argument("--block-size", type=int, metavar="N", help="default: vLLM's choice, counted as 16")
     engine.add_argument(
         "--max-num-seqs", type=int, metavar="N", help="default: batch × steps per generation, as TRL sets it"
     )
@@ -192,7 +192,8 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
         raise UsageError("--lora-slots: only with --lora R")
     engine = Engine(
         kv_dtype=options.kv_cache_dtype,
-        block_size=options.block_size,
+        block_size=16 if options.block_size is None else options.block_size,
+        told_block_size=options.block_size is not None,
         max_num_seqs=batch * steps if options.max_num_seqs is None else options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=training.length,
@@ -242,7 +243,10 @@ def _show(made: Plan, model: ModelShape, training: Training, console: Console) -
             ),
             Text(mark + term.formula, "dim"),
         )
-    blocks = f"{made.kv_blocks:,} blocks of {made.block_size} tokens, {show(made.block_bytes)} each"
+    left = f" of {show(made.kv_left_bytes)} that are left" if made.sized_by == FILL else ""
+    blocks = (
+        f"{made.sized_by}{left}: {made.kv_blocks:,} blocks of {made.block_size} tokens, {show(made.block_bytes)} each"
+    )
     table.add_row(
         Text("KV cache", "bold"), Text(show(made.kv_cache_memory_bytes), "bold"), Text("-"), Text(blocks, "dim")
     )

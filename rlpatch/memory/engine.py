@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rlpatch.errors import UsageError
-from rlpatch.memory.model import LINEAR, ModelShape, dtype_name, positive, width
+from rlpatch.memory.model import FAMILIES, LINEAR, ModelShape, dtype_name, positive, width
 from rlpatch.memory.sizes import MIB
 
 _VOCAB_PAD = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py DEFAULT_VOCAB_PADDING_SIZE
 _SAMPLER = 22  # bytes per logit of a sampled row: bf16 and float32 logits, sorted values and indices, probabilities
 _PIECE = MIB // 4  # of a captured layer and size, graph pool included; see docs/memory.md
 _FULL_GRAPH = 2 * MIB  # of a whole-model graph
+_LARGEST_BLOCK = 256  # tokens; vLLM chooses 16 on CUDA, 128 on CPU, 64 or more for some attention backends
 CONTEXT = 640 * MIB  # CUDA context and loaded kernels of a process
 
 
@@ -22,16 +24,19 @@ class Engine:
     Attributes:
         dtype: Of its weights.
         kv_dtype: Of the KV cache; ``"auto"``: `dtype`.
-        block_size: Tokens of a KV block.
+        block_size: Tokens of a KV block, as the plan counts.
+        told_block_size: vLLM is told `block_size`; else it chooses its own.
         max_num_seqs: Sequences decoded at once (TRL: batch × steps per generation).
         max_num_batched_tokens: Tokens of one forward pass (TRL: 4096).
         max_model_len: Longest sequence; None: what training asks for.
+        longest: Longest sequence that vLLM accepts, where it is not told `max_model_len`.
         eager: No CUDA graphs.
         graph_ceiling: Largest batch that is captured (vLLM: 512, on data-centre Blackwell 1024).
         lora_slots: LoRAs in vLLM's own buffers; 0: none (the fold needs none).
         lora_rank: ``max_lora_rank`` of these.
         shares: Trainer and engine hold one copy of the weights.
-        load_copies: Copies of the weights that are there while the engine is loaded.
+        watermark: Share of the KV blocks that vLLM keeps from sequences it admits (0.24 and later; default 0).
+        unbounded: Why it cannot be told how much of a KV cache rollouts can fill; empty: it can.
         counts_weights: vLLM counts its weights against its utilization. Shared ones it does not see: what it allocates,
             the trainer frees, and it looks at the difference.
         counts_graphs: Its profiling estimates CUDA graphs (``VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS``, on since 0.20.2).
@@ -43,15 +48,18 @@ class Engine:
     dtype: str = "bfloat16"
     kv_dtype: str = "auto"
     block_size: int = 16
+    told_block_size: bool = False
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 4096
     max_model_len: int | None = None
+    longest: int | None = None
     eager: bool = False
     graph_ceiling: int = 512
     lora_slots: int = 0
     lora_rank: int = 0
     shares: bool = True
-    load_copies: int = 2
+    watermark: float = 0.0
+    unbounded: str = ""
     counts_weights: bool = False
     counts_graphs: bool = True
     workspace: int = 192 * MIB
@@ -63,10 +71,13 @@ class Engine:
             positive(getattr(self, name), name)
         for name in ("lora_slots", "lora_rank", "workspace", "context", "nccl"):
             positive(getattr(self, name), name, 0)
-        if self.max_model_len is not None:
-            positive(self.max_model_len, "max_model_len")
-        if self.load_copies not in (1, 2):
-            raise UsageError(f"load_copies={self.load_copies!r}: expected 1 or 2")
+        for name in ("max_model_len", "longest"):
+            if getattr(self, name) is not None:
+                positive(getattr(self, name), name)
+        if not 0 <= self.watermark < 1:
+            raise UsageError(
+                f"watermark={self.watermark!r}: expected a share of the KV blocks, 0 or more and less than 1"
+            )
         object.__setattr__(self, "dtype", dtype_name(self.dtype, "engine dtype"))
         if self.kv_dtype not in ("auto", "fp8", "fp8_e4m3", "fp8_e5m2"):
             object.__setattr__(self, "kv_dtype", dtype_name(self.kv_dtype, "kv_dtype"))
@@ -90,6 +101,33 @@ def kv_token_bytes(model: ModelShape, engine: Engine) -> int:
 def kv_block_bytes(model: ModelShape, engine: Engine) -> int:
     """A block of all layers."""
     return kv_token_bytes(model, engine) * engine.block_size
+
+
+def unbounded(model: ModelShape, engine: Engine) -> str:
+    """Why nobody can tell how much of a KV cache rollouts can fill; empty: `fill_blocks` can."""
+    return engine.unbounded or ("" if model.family in FAMILIES else f"model_type {model.family!r} is not known")
+
+
+def fill_blocks(model: ModelShape, engine: Engine, length: int) -> int:
+    """KV blocks with which `max_num_seqs` sequences of `length` tokens run at once: more are never filled.
+
+    vLLM runs no more sequences than that at once, gives none of them slots beyond its longest (``allocate_slots`` in
+    ``vllm/v1/core/kv_cache_manager.py``, speculated tokens included) and takes blocks back when a sequence ends; cached
+    prefixes lie in blocks of living sequences, or in free ones. Each sequence is rounded up to whole blocks, of 256 tokens
+    where vLLM chooses their size. On top: block 0, a placeholder (``BlockPool.null_block``), and vLLM's watermark.
+
+    Where attention looks at a window, which may begin anywhere within a block, a sequence has one more
+    (``SlidingWindowSpec.max_admission_blocks_per_request``). If only some layers do, vLLM groups layers of a kind by as
+    many as the rarer kind has, or up to half more, fills the last group of either kind up, and gives each group blocks of
+    its own (``_get_kv_cache_groups_uniform_page_size``): counted as that many more layers, all of which keep the whole
+    sequence.
+    """
+    rounding = engine.block_size if engine.told_block_size else max(engine.block_size, _LARGEST_BLOCK)
+    each = -(-length // rounding) + (1 if model.windowed else 0)
+    tokens = (engine.max_num_seqs * each + 1) * rounding
+    padding = 3 * min(model.windowed, model.layers - model.windowed)
+    blocks = -(-tokens * (model.layers + padding) // (model.layers * engine.block_size))
+    return blocks if not engine.watermark else math.ceil(blocks / (1 - engine.watermark)) + 1
 
 
 def padding_bytes(model: ModelShape, engine: Engine) -> int:

@@ -10,12 +10,14 @@ from rlpatch.errors import UsageError
 from rlpatch.memory import engine as vllm
 from rlpatch.memory import training as trainer
 from rlpatch.memory.engine import Engine
-from rlpatch.memory.model import ModelShape, positive
+from rlpatch.memory.model import ModelShape, positive, width
 from rlpatch.memory.optimizers import UNKNOWN, optimizer
 from rlpatch.memory.sizes import MIB, show
 from rlpatch.memory.training import Training
 
 BOTH, GENERATING, TRAINING = "both", "generating", "training"
+FILL, LEFT, ASKED = "all that rollouts can fill", "all that is left", "what the given utilization leaves"
+_ENDLESS = "how much of a KV cache rollouts can fill is not known"
 _SLACK = 256 * MIB  # of torch's allocator: rounding and half-used segments
 _FOLD_SHARE, _FOLD_FACTORS = 0.02, 64 * MIB  # rlpatch/lora: what a fold keeps until the unfold, its factors
 _MARGIN_SHARE, _MARGIN_LEAST = 0.01, 256 * MIB
@@ -59,9 +61,13 @@ class Plan:
         loading: While the engine takes the weights over.
         block_bytes: A KV block of all layers.
         block_size: Tokens of a block.
-        kv_blocks: Blocks that fit while generating.
-        gpu_memory_utilization: The share of the device that vLLM may count as its own to arrive at these blocks.
-        rollout_context: Tokens that every one of `sequences` can have at once.
+        kv_blocks: Blocks for the engine.
+        left_blocks: Blocks that would fit while generating.
+        sized_by: What `kv_blocks` are: `FILL`, all that rollouts can fill; `LEFT`, all that is left; `ASKED`, what an
+            explicit utilization gives.
+        gpu_memory_utilization: The most of the device that vLLM may count as its own, as a share: with it alone, it
+            arrives at `left_blocks`.
+        rollout_context: Tokens that every one of `sequences` could have at once in all that is left.
         sequences: Decoded at once.
         training_context: Tokens (prompt and completion) up to which training fits.
         needed_blocks: Blocks with which all `sequences` run at the planned length at once; more help prefixes only.
@@ -81,6 +87,8 @@ class Plan:
     block_bytes: int
     block_size: int
     kv_blocks: int
+    left_blocks: int
+    sized_by: str
     gpu_memory_utilization: float
     rollout_context: int
     sequences: int
@@ -97,6 +105,11 @@ class Plan:
         return self.kv_blocks * self.block_bytes
 
     @property
+    def kv_left_bytes(self) -> int:
+        """The largest KV cache that would fit, whole blocks."""
+        return self.left_blocks * self.block_bytes
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens in the KV cache."""
         return self.kv_blocks * self.block_size
@@ -110,6 +123,7 @@ class Plan:
             **asdict(self),
             "terms": [asdict(term) for term in self.terms],
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
+            "kv_left_bytes": self.kv_left_bytes,
             "kv_tokens": self.kv_tokens,
         }
 
@@ -151,11 +165,14 @@ def plan(
     trains = sum(t.bytes for t in terms if t.resident != GENERATING and t.at_peak)
     weights = sum(t.bytes for t in terms if t.name in _WEIGHTS)
     shared = any(t.name == "weights, shared" for t in terms)
-    loading = held + margin + (weights * (engine.load_copies - 1) if shared else _of(terms, "weights of the engine"))
+    # Shared: where two copies do not fit, the engine takes the weights over one by one (`rlpatch.sharing.late`).
+    largest = max((t.elements for t in model.tensors), default=0) * width(engine.dtype)
+    loading = held + margin + (largest if shared else _of(terms, "weights of the engine"))
     block = vllm.kv_block_bytes(model, engine)
     # The engine profiles and captures while the KV cache comes, so both moments bound it alike.
-    blocks = max((available - generating) // block, 0)
+    left = blocks = max((available - generating) // block, 0)
     length = engine.max_model_len or training.length
+    sized_by, endless = LEFT, vllm.unbounded(model, engine)
     counted = _counted(terms, engine, shared)
     warnings: list[str] = []
     if utilization is not None:
@@ -163,11 +180,14 @@ def plan(
         if own > blocks * block:
             warnings.append(_cannot_honour(utilization, own, blocks * block, counted, device, generating))
         else:
-            blocks = min(blocks, own // block)
-    share = min(blocks * block + counted, max(available - held, 0)) / device if blocks else 0.0
+            left = blocks = min(blocks, own // block)
+            sized_by = ASKED
+    elif not endless and (fill := vllm.fill_blocks(model, engine, max(length, engine.longest or 0))) < left:
+        blocks, sized_by = fill, FILL
+    share = min(left * block + counted, max(available - held, 0)) / device if left else 0.0
     share = math.floor(min(share, 1.0) * _STEPS) / _STEPS
     per_sequence = -(-length // engine.block_size)
-    usable = max(blocks - 1, 0)  # vLLM keeps block 0 as a placeholder
+    usable = max(left - 1, 0)  # vLLM keeps block 0 as a placeholder
     context = min(usable // engine.max_num_seqs * engine.block_size, model.positions)
     made = Plan(
         device=device,
@@ -180,15 +200,17 @@ def plan(
         block_bytes=block,
         block_size=engine.block_size,
         kv_blocks=blocks,
+        left_blocks=left,
+        sized_by=sized_by,
         gpu_memory_utilization=share,
         rollout_context=context,
         sequences=engine.max_num_seqs,
         training_context=_training_context(model, training, engine, available, margin),
         needed_blocks=per_sequence * engine.max_num_seqs + 1,
         warnings=tuple(warnings),
-        notes=(*model.notes, *_notes(training)),
+        notes=(*model.notes, *_notes(training), *([f"{_ENDLESS}: {endless}"] if endless else [])),
     )
-    made = replace(made, refusal=_refusal(made, model, training, engine, weights, per_sequence, length))
+    made = replace(made, refusal=_refusal(made, model, weights, per_sequence, length))
     if made.refusal is not None:
         certain = sum(t.bytes for t in terms if t.resident != GENERATING and t.at_peak and t.exact)
         rest_fits = max(weights, loading) <= available and blocks > per_sequence
@@ -390,10 +412,8 @@ def _blame(terms: list[Term], over: int) -> str:
     return text + (f"; try {remedy}" if remedy else "")
 
 
-def _refusal(
-    made: Plan, model: ModelShape, training: Training, engine: Engine, weights: int, per_sequence: int, length: int
-) -> str | None:
-    room = made.available
+def _refusal(made: Plan, model: ModelShape, weights: int, per_sequence: int, length: int) -> str | None:
+    room, shared = made.available, any(t.name == "weights, shared" for t in made.terms)
     if weights > room:
         return (
             f"the weights of {model.name} take {show(weights)}, {show(weights - room)} more than the {show(room)} of the "
@@ -409,9 +429,9 @@ def _refusal(
     if made.loading > room:
         over = made.loading - room
         return (
-            f"loading the engine needs {show(made.loading)}, {show(over)} more than the {show(room)} of the device: there "
-            f"are {engine.load_copies} copies of the weights ({show(weights)} each) for a moment. A smaller model, or a "
-            "4-bit base with a LoRA"
+            f"loading the engine needs {show(made.loading)}, {show(over)} more than the {show(room)} of the device: beside "
+            f"what the trainer holds, {'the largest weight' if shared else 'the weights of the engine'}. A smaller model, "
+            "or a 4-bit base with a LoRA"
         )
     need = (per_sequence + 1) * made.block_bytes
     left = made.kv_blocks * made.block_bytes

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, HfArgumentParser
 
 import rlpatch
 from rlpatch import doctor, phases
-from rlpatch.demo import worker
+from rlpatch.blocks import BlockLimit
+from rlpatch.demo import tiny, worker
 from rlpatch.errors import UsageError
 
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
@@ -80,19 +81,88 @@ def test_the_engine_has_the_plan_s_cache(build: Build, caplog: pytest.LogCapture
     made, cache = planned(), cache_of(trainer)
     assert made["applied"] and made["reason"] == f"{SETTING} was left alone"
     assert cache.kv_cache_memory_bytes == made["kv_cache_memory_bytes"]
-    assert 0 <= SIZE - made["generating"] - made["kv_cache_memory_bytes"] < 64 << 10
+    # 4 sequences of 96 tokens, rounded up to 256, which whole blocks of vLLM's choice fill, and its placeholder
+    assert made["kv_sized_by"] == "all that rollouts can fill" and cache.num_gpu_blocks * cache.block_size == 5 * 256
+    assert 0 <= SIZE - made["generating"] - made["kv_left_bytes"] < 64 << 10
     engine = phases.live()[0].engine
     assert engine is not None
     with phases.live()[0].rollout():
         resident = sum(tensor.untyped_storage().nbytes() for tensor in engine.kv_tensors())
     assert 0.9 * made["kv_cache_memory_bytes"] < resident <= made["kv_cache_memory_bytes"]
     assert sum(term["bytes"] for term in made["terms"] if term["resident"] != "training") == made["generating"]
-    assert "MiB of KV cache" in caplog.text
+    assert "KiB of KV cache (1,280 tokens), all that rollouts can fill of the" in caplog.text
     findings = {finding.title: finding.detail for finding in doctor.diagnose().findings}
     (detail,) = (text for title, text in findings.items() if title.startswith("the memory plan sizes the KV cache"))
     assert "weights, shared" in detail and "Training:" in detail
     trainer.train()
     assert trainer.state.log_history[0]["sampling/sampling_logp_difference/mean"] < 2e-6
+
+
+def rolled_out(trainer: Any, tokens: int, sequences: int, count: int | None = None) -> tuple[int, int]:
+    """Sequences of `tokens` tokens at once, with `count` of the engine's blocks: (preemptions, the most that ran)."""
+    from vllm import SamplingParams
+
+    engine = phases.live()[0].engine
+    assert engine is not None
+    scheduler = engine.core.scheduler
+    preempted, running = [0], [0]
+    schedule, preempt = scheduler.schedule, scheduler._preempt_request
+
+    def counted_schedule(*args: Any, **kwargs: Any) -> Any:
+        result = schedule(*args, **kwargs)
+        running[0] = max(running[0], len(scheduler.running))
+        return result
+
+    def counted_preempt(*args: Any, **kwargs: Any) -> Any:
+        preempted[0] += 1
+        return preempt(*args, **kwargs)
+
+    scheduler.schedule, scheduler._preempt_request = counted_schedule, counted_preempt
+    limit = BlockLimit(engine)
+    limit.use(count)
+    try:
+        prompts = [{"prompt_token_ids": [3 + i, *range(5, 28), 9 + i]} for i in range(sequences)]
+        outputs = worker.engine_of(trainer).generate(
+            prompts, SamplingParams(temperature=0, max_tokens=tokens - 25, ignore_eos=True), use_tqdm=False
+        )
+    finally:
+        limit.use(None)
+        del scheduler.schedule, scheduler._preempt_request
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [tokens - 25] * sequences
+    return preempted[0], running[0]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_full_rollouts_fill_the_cap_and_lack_nothing(build: Build, tmp_path: Path, family: str) -> None:
+    """vLLM's blocks are the planned ones; all sequences at their longest run at once, and one block less preempts."""
+    length, block, sequences = 128, 32, 4
+    changes: dict[str, Any] = {}
+    if family == "gemma3":  # a full layer and three with a window: vLLM groups them, or takes them for alike
+        kinds = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+        changes = {"num_hidden_layers": 4, "layer_types": kinds}
+    folder = tiny.write_model(tmp_path / "model", family, **changes)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trainer = build(model=model, engine={"block_size": block}, vllm_max_model_length=length)
+    made, cache = planned(), cache_of(trainer)
+    assert made["kv_sized_by"] == "all that rollouts can fill" and cache.kv_cache_memory_bytes > 0
+    assert rolled_out(trainer, length, 2 * sequences) == (0, sequences)  # twice as many: they come one after the other
+    if family == "qwen3":
+        assert cache.num_gpu_blocks == sequences * length // block + 1
+        page = 2 * 2 * 1 * 32 * 4 * block  # layers × keys and values × heads × head_dim × float32 × tokens
+        assert made["kv_cache_memory_bytes"] == cache.num_gpu_blocks * page
+        assert rolled_out(trainer, length, sequences, cache.num_gpu_blocks - 1)[0] > 0
+
+
+def test_a_small_device_gives_all_that_is_left(build: Build) -> None:
+    many = {"gradient_accumulation_steps": 64, "vllm_max_model_length": 256}  # 256 sequences at once
+    trainer = build(**many)
+    size = planned()["generating"] + (20 << 20)
+    rlpatch.revert()
+    del trainer
+    build(size, **many)
+    made = planned()
+    assert made["kv_sized_by"] == "all that is left" and made["kv_left_bytes"] == made["kv_cache_memory_bytes"]
+    assert 0 <= size - made["generating"] - made["kv_cache_memory_bytes"] < 64 << 10
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_built(

@@ -10,6 +10,7 @@ import pytest
 from rlpatch import settings
 from rlpatch.errors import UsageError
 from rlpatch.memory.budget import Budget, Decision, Release, Room, decide
+from rlpatch.memory.planning import LEFT
 from rlpatch.memory.sizes import GIB, MIB
 
 QWEN3_8B: dict[str, Any] = dict(
@@ -81,11 +82,37 @@ def decided(
 def test_the_plan_sizes_the_cache() -> None:
     made = decided()
     assert made.applied and made.plan is not None and not made.warnings
-    assert made.arguments["kv_cache_memory_bytes"] == made.plan.kv_cache_memory_bytes > 40 * GIB
+    assert made.arguments["kv_cache_memory_bytes"] == made.plan.kv_cache_memory_bytes < made.plan.kv_left_bytes
+    assert made.plan.kv_tokens == 8 * 40960 + 256  # 8 sequences as long as the model's positions
     # vLLM refuses to start where its share of the device is not free: the weights are there already
     assert made.arguments["gpu_memory_utilization"] * 141 * GIB <= 141 * GIB - 16_381_470_720
     assert made.as_dict()["generating"] + made.as_dict()["kv_cache_memory_bytes"] <= 141 * GIB
     assert "of KV cache" in str(made) and "was left alone" in str(made)
+    assert "all that rollouts can fill of the " in str(made) and " that are left" in str(made)
+
+
+def test_the_cache_is_no_larger_than_its_rollouts() -> None:
+    def tokens(**arguments: Any) -> int:
+        made = decided(**arguments).plan
+        assert made is not None
+        return made.kv_tokens
+
+    assert tokens(max_model_len=1000) == 8 * 1024 + 256
+    assert tokens(max_model_len=1000, block_size=16) == (8 * 63 + 1) * 16
+    assert tokens(max_model_len=1000, max_num_seqs=64) == 64 * 1024 + 256
+    whole = decided(max_model_len=1000, max_num_seqs=None)
+    assert whole.plan is not None and whole.plan.sized_by == LEFT
+    assert "), all that is left; beside" in str(whole)
+    assert (
+        whole.as_dict()["kv_sized_by"] == LEFT and whole.as_dict()["kv_left_bytes"] == whole.plan.kv_cache_memory_bytes
+    )
+    for plan in (
+        decided(max_model_len=1000, speculative_config={"method": "ngram"}).plan,
+        decided(max_model_len=1000, release=Release(takes_bytes=False)).plan,
+    ):
+        assert plan is not None and plan.sized_by == LEFT
+    stretched = decided(budget(model=Model(rope_parameters={"full": {"rope_type": "yarn", "factor": 2.0}}))).plan
+    assert stretched is not None and stretched.kv_tokens == 8 * 2 * 40960 + 256
 
 
 def test_releases_without_bytes_get_the_share_alone() -> None:
@@ -156,9 +183,8 @@ def test_a_plan_that_fails_keeps_no_engine_from_being_built(caplog: pytest.LogCa
 
 
 def test_others_and_a_limit_are_left_out() -> None:
-    whole = decided().arguments["kv_cache_memory_bytes"]
-    taken = decided(room=Room(141 * GIB, taken=30 * GIB)).arguments["kv_cache_memory_bytes"]
-    limited = decided(room=Room(141 * GIB, taken=10 * GIB, limit=111 * GIB)).arguments["kv_cache_memory_bytes"]
+    rooms = (Room(141 * GIB), Room(141 * GIB, taken=30 * GIB), Room(141 * GIB, taken=10 * GIB, limit=111 * GIB))
+    whole, taken, limited = (decided(room=room, max_num_seqs=64).arguments["kv_cache_memory_bytes"] for room in rooms)
     assert taken == limited and abs(whole - taken - 30 * GIB) < 4 * MIB
     assert Room(10, limit=20).others == 0
     with pytest.raises(UsageError, match=r"20.00 GiB of the device's 141.00 GiB count; the limit"):
@@ -198,7 +224,7 @@ def test_what_the_engine_is_built_with_counts() -> None:
     slots = decided(max_model_len=2048, enable_lora=True, max_loras=1, max_lora_rank=64).plan
     fp8 = decided(max_model_len=2048, kv_cache_dtype="fp8").plan
     assert eager is not None and slots is not None and fp8 is not None
-    assert eager.kv_cache_memory_bytes > plain.kv_cache_memory_bytes > slots.kv_cache_memory_bytes
+    assert eager.kv_left_bytes > plain.kv_left_bytes > slots.kv_left_bytes
     assert fp8.block_bytes * 2 == plain.block_bytes
     assert not any(term.name == "CUDA graphs" for term in eager.terms)
 

@@ -41,6 +41,7 @@ def test_it_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
         "gpu_memory_utilization: 0.",
         "longest context in rollouts",
         "in training",
+        "all that rollouts",
     ):
         assert text in out
 
@@ -56,17 +57,20 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     base = document(capsys)
     assert document(capsys, "--kv-cache-dtype", "fp8")["block_bytes"] * 2 == base["block_bytes"]
-    assert document(capsys, "--reserve", "10GiB")["kv_blocks"] < base["kv_blocks"]
-    assert document(capsys, "--margin", "1MiB")["kv_blocks"] > base["kv_blocks"]
-    assert document(capsys, "--lora-targets", "q_proj,v_proj")["kv_blocks"] > base["kv_blocks"]
+    assert document(capsys, "--reserve", "10GiB")["left_blocks"] < base["left_blocks"]
+    assert document(capsys, "--margin", "1MiB")["left_blocks"] > base["left_blocks"]
+    assert document(capsys, "--lora-targets", "q_proj,v_proj")["left_blocks"] > base["left_blocks"]
     assert document(capsys, "--no-gradient-checkpointing")["training"] > base["training"]
     assert "CUDA graphs" not in {t["name"] for t in document(capsys, "--enforce-eager")["terms"]}
     assert (
         document(capsys, "--lora", "0", "--beta", "0.1", "--gpu", "400GiB", "--precision", "masters")["refusal"] is None
     )
-    assert document(capsys, "--load-in-4bit")["kv_blocks"] > base["kv_blocks"]
+    assert document(capsys, "--load-in-4bit")["left_blocks"] > base["left_blocks"]
     assert document(capsys, "--full-logits")["training"] > base["training"]
     assert document(capsys, "--batch", "1")["sequences"] == 1
+    assert base["sized_by"] == "all that rollouts can fill" and base["kv_tokens"] == 2 * 8192 + 256
+    assert document(capsys, "--block-size", "16")["kv_tokens"] == 2 * 8192 + 16
+    assert document(capsys, "--max-num-seqs", "64")["sized_by"] == "all that is left"
 
 
 def test_a_plan_that_does_not_fit_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
