@@ -89,7 +89,7 @@ class BenchJob:
         micro_batch: Completions per forward pass; gradients are accumulated over the rest.
         prompt_tokens: Tokens of each prompt.
         completion_tokens: Tokens of every completion (the end-of-sequence token is ignored).
-        utilization: vLLM's gpu_memory_utilization.
+        utilization: vLLM's gpu_memory_utilization; 0: left alone.
         kv_bytes: Size of the KV cache in bytes, or None: what `utilization` gives.
         eager: No CUDA graphs, no torch.compile.
         phase_sync: Wait for the device at the edges of phases, so that each pays for its own work; without, only steps
@@ -392,7 +392,6 @@ class BenchRun:
             output_dir=job.output or tempfile.mkdtemp(prefix="rlpatch-bench-"),
             use_vllm=True,
             vllm_mode="colocate",
-            vllm_gpu_memory_utilization=job.utilization,
             vllm_max_model_length=length,
             per_device_train_batch_size=job.micro_batch,
             gradient_accumulation_steps=job.completions // job.micro_batch,
@@ -410,6 +409,8 @@ class BenchRun:
             use_cpu=not self.cuda,
             disable_tqdm=True,
         )  # fmt: skip
+        if job.utilization:
+            settings["vllm_gpu_memory_utilization"] = job.utilization
         if job.optim:
             settings["optim"] = job.optim
         if job.gradient_checkpointing is not None:
@@ -615,18 +616,18 @@ def told(error: BaseException, stage: str, phase: str | None) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(kind: type[BenchJob] = BenchJob, runs: type[BenchRun] = BenchRun) -> int:
     """Read a job, print JSON lines: ``stage``, ``engine``, ``progress``, then ``result``, ``skipped`` or ``error``."""
     out = sys.stdout
     sys.stdout = sys.stderr  # libraries print; the lines below are for the parent
-    job = BenchJob(**json.load(sys.stdin))
+    job = kind(**json.load(sys.stdin))
 
     def emit(kind: str, value: Any) -> None:
         print(json.dumps({kind: value}), file=out, flush=True)
 
     bench: BenchRun | None = None
     try:
-        bench = BenchRun(job, emit)
+        bench = runs(job, emit)
         emit("result", bench.run())
     except Skipped as reason:
         emit("skipped", str(reason))

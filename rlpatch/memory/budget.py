@@ -139,7 +139,11 @@ class Decision:
             "rollout_context": made.rollout_context,
             "training_context": made.training_context,
             "refusal": made.refusal,
-            "terms": [{"name": t.name, "bytes": t.bytes, "resident": t.resident, "exact": t.exact} for t in made.terms],
+            "peak": made.peak,
+            "terms": [
+                {"name": t.name, "bytes": t.bytes, "resident": t.resident, "exact": t.exact, "at_peak": t.at_peak}
+                for t in made.terms
+            ],
         }
 
 
