@@ -97,7 +97,7 @@ class HeldRun(BenchRun):
         )
         self.peaks = Peaks(self.cuda)
         self.gradients = 0
-        self.cached: list[int] = []  # by torch, when generating begins
+        self.cached: list[int] = []  # by torch, when the KV cache is back
         self.outside: list[int] = []  # of torch's allocator, likewise
         self.problems: list[str] = []
         self.context: int | None = None
@@ -191,12 +191,21 @@ class HeldRun(BenchRun):
             self.peaks.start()
         return result
 
-    def _generate(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.cuda and self.clock.step >= self.job.warmup:
-            self._try("allocator", self._at_generation)
-        return super()._generate(wrapped, instance, args, kwargs)
+    def _as_phase(self, name: str) -> Any:
+        timed = super()._as_phase(name)
+        if name != "restore":
+            return timed
 
-    def _at_generation(self) -> None:
+        def restore(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = timed(wrapped, instance, args, kwargs)
+            if self.cuda and self.clock.step >= self.job.warmup:
+                self._try("allocator", self._restored)
+            return result
+
+        return restore
+
+    def _restored(self) -> None:
+        """All of the KV cache is mapped, as torch takes it to be all the time."""
         import torch
 
         reserved = torch.cuda.memory_reserved()
@@ -357,7 +366,8 @@ def compare(
     others = plan["device"] - plan["available"]
     outside = None if held["outside torch"] is None else held["outside torch"] - others
     row("outside of torch's allocator", of("CUDA context", "CUDA graphs"), outside, False)
-    row("pinned by the allocator", of("pinned by the allocator"), held["cached"], False)
+    row("pinned, generating", of("pinned by the allocator", "pinned between steps"), held["cached"], False)
+    row("pinned, training", of("pinned by the allocator"), held["unused at peak"], False)
     row("training: head and loss", kept + saved + casts + of("LM head and log-probabilities"), held["loss"], False)
     row("training: backward pass", backward + casts + of("layer at work"), held["backward"], False)
     row("training: optimizer's step", gradients + of("optimizer's workspace"), held["step"], False)

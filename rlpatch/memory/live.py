@@ -99,6 +99,7 @@ def describe(
         quantized=quantized,
         double_quant=_double_quant(base),
         dtype=dtype,
+        autocast=bool(_of(args, "bf16", False) or _of(args, "fp16", False)),
         compute=mixed if width(mixed) <= width(dtype) else dtype,
         masters=masters and not adapters,
         optim="unknown" if own else _optim(_of(args, "optim", "adamw_torch_fused"), notes),

@@ -19,6 +19,7 @@ BOTH, GENERATING, TRAINING = "both", "generating", "training"
 FILL, LEFT, ASKED = "all that rollouts can fill", "all that is left", "what the given utilization leaves"
 _ENDLESS = "how much of a KV cache rollouts can fill is not known"
 _SLACK = 256 * MIB  # of torch's allocator: rounding and half-used segments
+_PINNED, _PINNED_BETWEEN = 0.5, 0.3  # of what comes and goes in a step; see docs/memory.md
 _FOLD_SHARE, _FOLD_FACTORS = 0.02, 64 * MIB  # rlpatch/lora: what a fold keeps until the unfold, its factors
 _MARGIN_SHARE, _MARGIN_LEAST = 0.01, 256 * MIB
 _STEPS = 10_000  # utilization is given to four digits
@@ -293,10 +294,14 @@ def _terms(model: ModelShape, training: Training, engine: Engine, margin: int) -
     sizes_text = f"{vllm.graph_sizes(engine)} sizes × ((layers + 1) × 0.25 MiB + 2 MiB)"
     add("CUDA graphs", vllm.graph_bytes(model, engine), BOTH, sizes_text, "vllm/config/vllm.py _set_cudagraph_sizes")
     # Grads come in blocks that activations left, and state settles beside them: what goes away later cannot be returned.
+    # Training itself fills a part of these blocks again.
     pinned = 0 if training.expandable_segments else min(sizes.transient, sizes.gradients)
-    add("pinned by the allocator", pinned + _SLACK, BOTH,
-        "256 MiB" + ("" if training.expandable_segments else " + the smaller of gradients and activations"),
-        "torch's CUDACachingAllocator: a segment goes back whole or not at all")  # fmt: skip
+    add("pinned by the allocator", int(_PINNED * pinned) + _SLACK, BOTH,
+        "256 MiB" + (f" + {_PINNED:g} × the smaller of gradients and activations" if pinned else ""),
+        "torch's CUDACachingAllocator: a segment goes back whole or not at all; measured on an H200")  # fmt: skip
+    add("pinned between steps", int(_PINNED_BETWEEN * pinned), GENERATING,
+        f"{_PINNED_BETWEEN:g} × the smaller of gradients and activations: blocks that the next step fills",
+        "measured on an H200")  # fmt: skip
     add("engine activations", vllm.activation_bytes(model, engine), GENERATING,
         f"{engine.max_num_batched_tokens} tokens through the widest layer, {engine.max_num_seqs} sampled rows",
         "vllm/v1/worker profile_run")  # fmt: skip
@@ -394,6 +399,7 @@ _REMEDIES = {
     "LM head and log-probabilities": "a smaller per_device_train_batch_size, or TRL from 1.15, which tiles the logits",
     "autocast copies": "16-bit weights",
     "optimizer's workspace": "optim='adamw_torch_fused'",
+    "pinned between steps": "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
     "pinned by the allocator": "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
     "engine activations": "a smaller max_num_batched_tokens or max_num_seqs",
     "CUDA graphs": "enforce_eager=True or a smaller max_num_seqs",

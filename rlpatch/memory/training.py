@@ -30,6 +30,7 @@ class Training:
         double_quant: Its scales are quantized, too.
         dtype: Of the trainer's weights.
         compute: Of the activations (bf16=True: bfloat16).
+        autocast: It is autocast that makes them so; without it, float32 adapters compute in float32 beside a 16-bit base.
         masters: Float32 copies of what is trained, beside weights in `dtype` that the engine shares.
         optim: transformers' name of the optimizer.
         batch: Sequences in one forward and backward pass (``per_device_train_batch_size``).
@@ -56,6 +57,7 @@ class Training:
     double_quant: bool = True
     dtype: str = "bfloat16"
     compute: str = "bfloat16"
+    autocast: bool = True
     masters: bool = False
     optim: str = "adamw_torch_fused"
     batch: int = 8
@@ -222,7 +224,9 @@ def layer_bytes(model: ModelShape, training: Training) -> tuple[int, int, int]:
       of which the weight is trained reads it; LayerNorm keeps its input, ch, instead of the float32 copy
     - attention: queries, keys, values and output, c(2q + 2k); norms of queries and keys (4 + c)(q + k)
     - MLP: gate, activation, up and product, 4ci; without a trained weight to feed, 3ci
-    - a LoRA: every adapted layer's input once more, in float32 without autocast, and its rank
+    - a LoRA: every adapted layer's input once more (PEFT's ``_cast_input_dtype`` makes a float32 copy for each layer, of
+      which autocast saves a 16-bit one; without autocast the float32 copy itself is saved), and its rank
+    - sdpa: the mask of padded sequences, which torch turns into c bytes per pair of tokens in each layer (`mask_bytes`)
     - experts: per routed token its input and output ch each, and 4c times the expert's width
     """
     h, q, k = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
@@ -265,10 +269,18 @@ def layer_bytes(model: ModelShape, training: Training) -> tuple[int, int, int]:
     if not full:
         names = {t.name for t in model.linears(training.targets)} if training.rank else set()
         per_layer = [t for t in model.tensors if t.kind == LINEAR and t.name in names and t.name != "lm_head"]
-        each = 4 if c == 4 else c
+        each = c if training.autocast else 4
         saved += sum(t.inputs * each + 4 * max(training.rank, 1) for t in _distinct(per_layer))
     if wide:
         saved = saved * 102 // 100  # rotary embeddings in float32 and the like
+    if _plain(model):
+        # At the MLP's product its gradient and the gate's are there; with a LoRA also the adapter's gradient of the input,
+        # in 16 bits and in float32. At the attention, the MLP's are gone.
+        mlp_peak = 2 * c * model.intermediate
+        if not full and c < 4:
+            mlp_peak += c * model.intermediate + 4 * c * h if training.autocast else 5 * c * h
+        extra = max(mlp_peak, 8 * c * max(h, q) - 4 * c * model.intermediate)
+        return saved, extra, stream * h
     e = 4 if wide and model.experts else c
     extra = max(
         3 * c * model.intermediate + 2 * c * h if dense else 0,
@@ -278,9 +290,33 @@ def layer_bytes(model: ModelShape, training: Training) -> tuple[int, int, int]:
     return saved, extra, stream * h
 
 
+def _plain(model: ModelShape) -> bool:
+    """A dense decoder like Llama and Qwen, for which the peaks are known term by term; others get a bound."""
+    fused = any(t.name in ("qkv_proj", "c_attn", "query_key_value") for t in model.tensors)
+    return model.gated and model.rms and not (fused or model.experts or model.family.startswith(("gemma", "olmo")))
+
+
+def _base_bytes(model: ModelShape, training: Training, stream: int) -> int:
+    """Per token, outside of the layers: the last norm's input, float32 copy and output, its normalized tensor if it is
+    trained, cosines and sines, and indices. `stream`: bytes of the residual stream."""
+    if not _plain(model):
+        return 14 * model.hidden
+    c = width(training.compute)
+    return 3 * stream + (c * model.hidden if training.full else 0) + 2 * c * model.head_dim + 64
+
+
 def _distinct(tensors: list[Tensor]) -> list[Tensor]:
     """One per place in a layer: GPT-2 has two layers of the name c_proj."""
     return list({(t.name, t.inputs, t.outputs): t for t in tensors}.values())
+
+
+def mask_bytes(training: Training) -> int:
+    """The mask of padded sequences, a byte per pair of tokens; flash attention needs none.
+
+    torch's ``scaled_dot_product_attention`` makes numbers of it in every layer (``convert_boolean_attn_mask``) and saves
+    these for the backward pass.
+    """
+    return 0 if training.attention == "flash" else training.batch * training.length**2
 
 
 def head_bytes(model: ModelShape, training: Training) -> int:
@@ -307,13 +343,13 @@ def measure(model: ModelShape, training: Training) -> TrainingBytes:
     trained = sum(t.elements * t.count for t in tensors)
     tokens = training.batch * training.length
     saved, extra, stream = layer_bytes(model, training)
-    mask = 0 if training.attention == "flash" else training.batch * training.length**2 * 3
+    mask = mask_bytes(training)
     if training.attention == "eager":
         scores = training.batch * model.heads * training.length**2 * (4 + 2 * width(training.compute))
     else:
         scores = 0
-    layer = tokens * saved + scores
-    base = tokens * 14 * model.hidden + mask
+    layer = tokens * saved + scores + mask * width(training.compute)
+    base = mask + tokens * _base_bytes(model, training, stream)
     if training.checkpointing:
         checkpoints, recomputed = model.layers * tokens * stream + base, layer + tokens * extra
     else:
@@ -328,6 +364,7 @@ def measure(model: ModelShape, training: Training) -> TrainingBytes:
         gradients = sum(t.bytes for t in tensors)
         masters = 0
         step = how.workspace_bytes(tensors)
+    recomputed += min(gradients, checkpoints) // model.layers  # its own gradients, beside what later layers left
     every = training.generate_every or training.accumulation
     return TrainingBytes(
         weights=weight_bytes(model, training),

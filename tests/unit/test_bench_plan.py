@@ -68,7 +68,7 @@ def test_others_are_subtracted_and_a_total_that_is_too_small_is_told() -> None:
 def test_on_a_cpu_it_says_so() -> None:
     found = rows(cuda=False, weights=16 * GIB)
     assert found["weights"]["why"] is None
-    for name in ("CUDA context", "pinned by the allocator", "training: backward pass", TRAINING):
+    for name in ("CUDA context", "pinned, generating", "training: backward pass", TRAINING):
         assert found[name]["measured"] is None and found[name]["why"] == "a CPU has no such memory"
     peaks = Peaks(False)
     peaks.start()

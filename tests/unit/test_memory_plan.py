@@ -76,6 +76,19 @@ def test_an_h200_needed_no_more_and_not_much_less(name: str, rank: int, release:
     assert result["kv"]["bytes"] == result["kv"]["blocks"] * made.block_bytes
 
 
+def test_a_small_model_on_an_h200_needed_no_more_and_not_much_less() -> None:
+    """Device memory by phase, read from the driver: Qwen3-0.6B's shape, full fine-tuning in bf16, fused AdamW, 2 × 1,088
+    tokens, vLLM 0.25.1, TRL 1.16; the engine had 132.7 GiB of KV cache."""
+    shape = from_config(
+        {**QWEN3_8B, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+         "tie_word_embeddings": True}
+    )  # fmt: skip
+    made = plan(shape, Training(batch=2, prompt=64, completion=1024), Engine(max_num_seqs=2), H200, margin=0)
+    generating, training = int(137.86 * GIB) - 142_515_896_320, int(5.95 * GIB)
+    assert generating <= made.generating <= generating + GIB / 2
+    assert training <= made.training <= training + GIB / 2
+
+
 def test_exact_terms_of_eight_billion() -> None:
     made = make()
     assert made["weights, shared"].bytes == 16_381_470_720

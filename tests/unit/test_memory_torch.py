@@ -255,7 +255,7 @@ def activations(
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3_text", "phi3", "qwen3_moe", "gpt2"])
 @pytest.mark.parametrize(
     ("dtype", "lora", "autocast"),
-    [("bfloat16", 0, True), ("bfloat16", 4, True), ("float32", 0, True), ("float32", 4, False)],
+    [("bfloat16", 0, True), ("bfloat16", 4, True), ("bfloat16", 4, False), ("float32", 0, True), ("float32", 4, False)],
 )
 def test_a_layer_saves_what_is_planned(family: str, dtype: str, lora: int, autocast: bool) -> None:
     """Never less than a real layer keeps (within 1 %), and not more than a third above it."""
@@ -267,7 +267,9 @@ def test_a_layer_saves_what_is_planned(family: str, dtype: str, lora: int, autoc
         for n in (1, 2)
     }
     shape = kept[2][0]
-    training = Training(rank=lora, dtype=dtype, compute="bfloat16" if autocast else dtype, attention="flash")
+    training = Training(
+        rank=lora, dtype=dtype, compute="bfloat16" if autocast else dtype, autocast=autocast, attention="flash"
+    )
     casts = {n: measure(one, training).casts for n, (one, _, _) in kept.items()}
     real = kept[2][1] - kept[1][1] - (casts[2] - casts[1]) / tokens
     planned, _, _ = layer_bytes(shape, training)
@@ -288,6 +290,49 @@ def test_the_peak_of_a_backward_pass_is_planned(checkpointing: bool, lora: int) 
     assert saved * tokens <= sizes.checkpoints + sizes.casts
     planned = sum(sizes.moments["backward"].values())
     assert peak * tokens <= planned <= 1.35 * peak * tokens
+
+
+FULL_SIZE = {
+    "0.6b": dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=16),
+    "32b": dict(hidden_size=5120, intermediate_size=25600, num_attention_heads=64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize(("lora", "autocast"), [(32, True), (32, False), (0, True)])
+def test_a_checkpointed_layer_at_full_size(name: str, lora: int, autocast: bool) -> None:
+    """Real modules, checkpointing and sdpa with a mask, 2 sequences of 8,192 tokens, on tensors without memory."""
+    fake = pytest.importorskip("torch._subclasses.fake_tensor")
+    layers, batch, length = 2, 2, 8192
+    model = build("qwen3", "meta", layers, lora, **FULL_SIZE[name], num_key_value_heads=8, head_dim=128, vocab_size=64)
+    with fake.FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():  # on the CPU, to which autocast is switched
+            for own in (module._parameters, module._buffers, vars(module)):
+                for key, tensor in list(own.items()):
+                    if isinstance(tensor, torch.Tensor):
+                        made = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        parameter = isinstance(tensor, torch.nn.Parameter)
+                        own[key] = torch.nn.Parameter(made, tensor.requires_grad) if parameter else made
+        if lora:
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        body = (model.get_base_model() if lora else model).base_model
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        mask = torch.ones(batch, 1, length, length, dtype=torch.bool)
+        live = Live(*model.parameters(), *model.buffers(), ids, mask)
+        with live:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            saved, live.peak = live.now, live.now
+            out.backward(torch.zeros_like(out))
+    training = Training(rank=lora, batch=batch, prompt=0, completion=length, autocast=autocast)
+    sizes = measure(shape_of(model), training)
+    # the plan counts gradients and autocast's copies by themselves; a part of them is there
+    others = sizes.gradients + sizes.casts
+    assert saved + mask.nbytes <= sizes.checkpoints + sizes.casts <= 1.03 * (saved + mask.nbytes)
+    work = live.peak - saved
+    assert work - others <= sizes.layer <= 1.03 * work, (work, sizes.layer, others)
 
 
 @pytest.mark.parametrize(
