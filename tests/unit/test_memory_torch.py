@@ -398,7 +398,8 @@ def test_full_training_of_a_float32_model_is_described() -> None:
     model = build("qwen3", dtype=torch.float32)
     shape, training, engine = describe(config(beta=0.04, max_prompt_length=None), model)
     assert training.full and training.reference and training.dtype == "float32" and training.compute == "bfloat16"
-    assert engine.dtype == "bfloat16"
+    assert engine.dtype == "bfloat16" and training.autocast
+    assert not describe(config(bf16=False), model).training.autocast
     assert any("512 tokens assumed" in note for note in shape.notes)
     assert measure(shape, training).optimizer == 8 * shape.parameters
     _, masters, _ = describe(config(), build("qwen3"), masters=True)
