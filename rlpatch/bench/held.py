@@ -219,7 +219,7 @@ class HeldRun(BenchRun):
         result.pop("timeline")
         pairs = (result.pop("status") or {}).get("pairs") or [{}]
         planned = pairs[0].get("memory_plan") or {}
-        held = self._held()
+        held = self._held(result["memory"]["by_phase"])
         return {
             **result,
             "plan": planned,
@@ -231,8 +231,8 @@ class HeldRun(BenchRun):
             "problems": self.problems,
         }
 
-    def _held(self) -> dict[str, int | None]:
-        """Bytes by name; None: not measured."""
+    def _held(self, by_phase: dict[str, dict[str, int]]) -> dict[str, int | None]:
+        """Bytes by name; None: not measured. `by_phase`: what the driver counted, after the warm-up."""
         from rlpatch import phases
         from rlpatch.memory.live import _is_adapter
         from rlpatch.sharing.account import resident_bytes
@@ -250,7 +250,6 @@ class HeldRun(BenchRun):
             return resident_bytes(_tensors(trainer.optimizer.state.values()))
 
         reference = getattr(trainer, "ref_model", None)
-        phase = self._try("phases", lambda: self._by_phase())
         sections = self.peaks.sections
         return {
             "weights": self._try("weights", weights),
@@ -268,19 +267,9 @@ class HeldRun(BenchRun):
             "step": sections.get("step"),
             "peak": max(sections.values(), default=None),
             "unused at peak": self.peaks.top["reserved"] - self.peaks.top["allocated"] if sections else None,
-            "generating": (phase or {}).get("generate"),
-            "training": (phase or {}).get("train"),
+            "generating": (by_phase.get("generate") or {}).get("max") if cuda else None,
+            "training": (by_phase.get("train") or {}).get("max") if cuda else None,
         }
-
-    def _by_phase(self) -> dict[str, int]:
-        """The driver's most by phase, after the warm-up."""
-        if not self.cuda:
-            return {}
-        from rlpatch.bench.memory_watch import memory_by_phase
-
-        since = self.spans[self.job.warmup][0] if len(self.spans) > self.job.warmup else self.training_from
-        found = memory_by_phase(self.watch.samples, self.clock.intervals, since, self.training_until)
-        return {name: one["max"] for name, one in found.items()}
 
 
 def _tensors(values: Iterable[Any]) -> list[Any]:

@@ -126,3 +126,24 @@ def test_wrong_options_end_with_status_2(arguments: list[str], said: str, capsys
         plan.main(arguments)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_peaks_by_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's counters, played: (allocated, most allocated since the last look, most reserved)."""
+    torch = pytest.importorskip("torch")
+    now = [100, 100, 120]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: now[1])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: now[2])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    peaks = Peaks(True)
+    peaks.mark("before a rollout")
+    peaks.start()
+    now[:] = [130, 150, 160]
+    peaks.mark("forward")
+    now[:] = [110, 180, 200]
+    peaks.mark("backward")
+    now[:] = [105, 140, 200]
+    peaks.mark("forward")
+    assert peaks.sections == {"forward": 50, "backward": 80} and peaks.after == {"forward": 30, "backward": 10}
+    assert peaks.top == {"allocated": 180, "reserved": 200}
