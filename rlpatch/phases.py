@@ -46,6 +46,7 @@ from rlpatch.memory.budget import Budget, Decision, Release, Room
 from rlpatch.memory.budget import decide as decide_memory
 from rlpatch.memory.engine import CONTEXT
 from rlpatch.registry import Context
+from rlpatch.sharing.account import rehouse
 from rlpatch.sharing.late import Crowded, free_bytes
 from rlpatch.sharing.share import Renamer, Sharing, Slot, own_storage, trainer_slots
 from rlpatch.standby import KVStandby, make_room
@@ -541,6 +542,10 @@ class Colocation:
             lost = [name for name, why in self.sharing.absent.items() if self._trains(name)]
             if lost:
                 self.refuse(f"adapters change {', '.join(lost)}, and the engine has no such tensor")
+        if self.sharing is not None and self.adapters is not None and self.engine.device.type != "cpu":
+            shared = {entry.slot.tensor.data_ptr() for entry in self.sharing.shared}
+            trained = (p for p in self.adapters.model.parameters() if p.requires_grad)
+            rehouse((p for p in trained if p.data_ptr() not in shared), make_room)
         if self.lora is not None:
             self._place_adapters()
         if self.sharing is not None:
@@ -725,6 +730,12 @@ class Colocation:
         try:
             if self.standby is not None and self.standby.released:
                 self.standby.restore()
+            blocks = self.standby.blocks if self.standby is not None else None
+            if blocks is not None and blocks.usable < blocks.total:
+                logger.warning(
+                    "rlpatch: the engine stays with the %d of %d KV blocks that the device has room for, and its own sleep "
+                    "mode does not know that", blocks.usable, blocks.total,
+                )  # fmt: skip
         finally:
             self._withdraw()
             if self.sharing is not None:
