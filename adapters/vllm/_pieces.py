@@ -6,9 +6,8 @@ address, slot)`` creates `size` bytes, maps them at `address` and writes the dri
 release). The addresses stay reserved for as long as the allocation lives, so any granules of it can be mapped, each run of
 them with a slot of ours. ROCm builds take a list of chunks instead of a slot; there it stays all or nothing.
 
-Even all of it is mapped in pieces of `PIECE`: from 0.29 on the cache is one allocation, and when the trainer has had most
-of the device, the driver takes 140 ms for a handle of 40 GiB, and 3 or 6 ms for as much in handles of 8 or 1 GiB (8B, full
-fine-tuning, H200).
+Pieces are mapped by the driver itself where that is possible: memory as the extension asks for it is slow to get (see
+`_driver`).
 
 Which bytes block n has in a tensor follows from its strides: K and V may be planes of their own, layers may be views of
 one storage, and groups of layers may share bytes.
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 
+from rlpatch.adapters.vllm._driver import Driver, Handle, driver
 from rlpatch.engine import Engine
 from rlpatch.memory import Engine as PlannedEngine
 from rlpatch.memory import default_margin, from_config
@@ -171,9 +171,6 @@ def kept_free(engine: Engine, device: int) -> int:
     return activations + default_margin(device)
 
 
-Handle = tuple[int, int, int, Any]  # device, bytes, address, slot or chunks
-
-
 class Pieces:
     """What is mapped of a KV cache, or shall be.
 
@@ -181,24 +178,27 @@ class Pieces:
         handles: One per piece, as the C extension takes them.
         blocks: How many blocks they back, from block 0 on; None: all.
         slots: The memory behind the handles' slots, if it is ours.
+        mapper: Maps and unmaps them; None: vLLM's C extension.
 
     Attributes:
         spans: The addresses.
     """
 
-    def __init__(self, handles: list[Handle], blocks: int | None = None, slots: Any = None) -> None:
+    def __init__(
+        self, handles: list[Handle], blocks: int | None = None, slots: Any = None, mapper: Driver | None = None
+    ) -> None:
         self.blocks = blocks
         self.spans = [(handle[2], handle[2] + handle[1]) for handle in handles]
-        self._handles, self._slots = handles, slots
+        self._handles, self._slots, self._mapper = handles, slots, mapper
         self._mapped: list[Handle] = []
 
     @classmethod
-    def cut(cls, device: int, spans: Iterable[Span], blocks: int | None = None) -> Pieces:
+    def cut(cls, device: int, spans: Iterable[Span], blocks: int | None = None, mapper: Driver | None = None) -> Pieces:
         """`spans`, whole granules, in pieces with handles of their own."""
         cuts = [(at, min(end, at + PIECE)) for start, end in spans for at in range(start, end, PIECE)]
         slots = [ctypes.c_uint64() for _ in cuts]
         handles = [(device, b - a, a, ctypes.addressof(slot)) for (a, b), slot in zip(cuts, slots, strict=True)]
-        return cls(handles, blocks, slots)
+        return cls(handles, blocks, slots, mapper)
 
     @classmethod
     def of_pool(cls, allocations: list[Any], *, mapped: bool) -> Pieces:
@@ -213,11 +213,12 @@ class Pieces:
         Raises:
             RuntimeError: the driver's error.
         """
-        from vllm.device_allocator.cumem import create_and_map
+        from vllm.device_allocator import cumem
 
+        mapper = self._mapper or cumem
         try:
             for handle in self._handles:
-                create_and_map(handle)
+                mapper.create_and_map(handle)
                 self._mapped.append(handle)
         except BaseException:
             self.unmap()
@@ -225,10 +226,11 @@ class Pieces:
 
     def unmap(self) -> None:
         """Unmap what is mapped; whatever uses it has been waited for."""
-        from vllm.device_allocator.cumem import unmap_and_release
+        from vllm.device_allocator import cumem
 
+        mapper = self._mapper or cumem
         while self._mapped:
-            unmap_and_release(self._mapped[-1])
+            mapper.unmap_and_release(self._mapped[-1])
             self._mapped.pop()
 
     def resident_bytes(self) -> int:
@@ -246,7 +248,7 @@ def map_what_fits(engine: Engine, allocations: list[Any]) -> Pieces:
     if memory(engine.device)[0] >= size_of(allocations) or _whole_only(engine, allocations) is not None:
         if _has_slots(allocations):
             spans = [(data.handle[2], data.handle[2] + data.handle[1]) for data in allocations]
-            pieces = Pieces.cut(allocations[0].handle[0], spans)
+            pieces = Pieces.cut(allocations[0].handle[0], spans, mapper=_mapper(engine))
         else:
             pieces = Pieces.of_pool(allocations, mapped=False)
         try:
@@ -293,7 +295,7 @@ def map_prefix(engine: Engine, allocations: list[Any], cause: BaseException | No
                 f"{needed}, and beside {kept >> 20} MiB kept for the engine's activations and the fold there is room for "
                 f"{blocks} of {total} blocks"
             ) from cause
-        pieces = Pieces.cut(device, prefixes.spans(blocks), blocks)
+        pieces = Pieces.cut(device, prefixes.spans(blocks), blocks, _mapper(engine))
         try:
             pieces.map()
         except RuntimeError:
@@ -302,6 +304,11 @@ def map_prefix(engine: Engine, allocations: list[Any], cause: BaseException | No
         else:
             return pieces
     raise AssertionError("unreachable")
+
+
+def _mapper(engine: Engine) -> Driver | None:
+    """The driver itself, unless a KV connector wants memory that network cards can read."""
+    return driver() if engine.llm.llm_engine.vllm_config.kv_transfer_config is None else None
 
 
 def _has_slots(allocations: list[Any]) -> bool:

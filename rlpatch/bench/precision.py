@@ -1,4 +1,4 @@
-"""What precision does to numbers and to learning: ``python -m rlpatch.bench.precision [--steps 200] [--out FILE]``.
+"""What precision does to numbers and to learning: ``python -m rlpatch.bench.precision [--steps N] [--seeds N] [--out FILE]``.
 
 Forward and backward of one batch under bf16 autocast, per model family, against float32 weights (what plain TRL trains
 when it is given a path): largest difference of the log-probs, and of the gradient (norm of the difference over the norm),
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -85,13 +86,13 @@ def _even(trainer: Any) -> float:
     return float(probabilities[:, ::2].sum(-1).mean())
 
 
-def learning(folder: Path, steps: int, rate: float, progress: bool = True) -> list[dict[str, Any]]:
+def learning(folder: Path, steps: int, rate: float, seed: int = 0) -> list[dict[str, Any]]:
     """One row per variant; see the module's docstring."""
     path = str(tiny.write_model(folder / "learning", "llama", dtype="bfloat16"))
     rows = []
     for name, variant in VARIANTS.items():
         job = worker.Job(
-            path, variant["patched"], steps=steps, dtype="bfloat16", from_path=variant["from_path"],
+            path, variant["patched"], steps=steps, seed=seed, dtype="bfloat16", from_path=variant["from_path"],
             config={
                 "bf16": True, "learning_rate": rate, "per_device_train_batch_size": 32, "num_generations": 8,
                 "max_completion_length": 4, "output_dir": str(folder / "out"), "disable_tqdm": True,
@@ -109,6 +110,7 @@ def learning(folder: Path, steps: int, rate: float, progress: bool = True) -> li
         moved = sum(int((a != b).sum()) for a, b in zip(after, before, strict=True))
         row = {
             "variant": name,
+            "seed": seed,
             "even_probability": [even, _even(trainer)],
             "reward": [sum(rewards[:tenth]) / tenth, sum(rewards[-tenth:]) / tenth],
             "rewards": rewards,
@@ -134,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m rlpatch.bench.precision", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=200, help="of GRPO (default 200)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="default 2e-5")
     parser.add_argument("--out", help="write everything as JSON")
     options = parser.parse_args(argv)
@@ -145,16 +148,24 @@ def main(argv: list[str] | None = None) -> int:
                 for kind in row if kind != "family"
             ]  # fmt: skip
             print(f"{row['family']:12} {'; '.join(cells)}", flush=True)
-        learned = learning(Path(scratch), options.steps, options.learning_rate)
-    for row in learned:
+        learned = []
+        for seed in range(options.seeds):
+            learned += learning(Path(scratch), options.steps, options.learning_rate, seed)
+            print(f"seed {seed}: done", flush=True)
+    for row in sorted(learned, key=lambda row: list(VARIANTS).index(row["variant"])):
         print(
-            f"{row['variant']:40} P(even) {row['even_probability'][0]:.3f} → {row['even_probability'][1]:.3f}, reward "
-            f"{row['reward'][0]:.3f} → {row['reward'][1]:.3f}, weights changed {100 * row['weights_changed_share']:.1f} %, "
+            f"{row['variant']:40} seed {row['seed']} P(even) {row['even_probability'][0]:.3f} → "
+            f"{row['even_probability'][1]:.3f}, reward {row['reward'][0]:.3f} → {row['reward'][1]:.3f}, weights changed {100 * row['weights_changed_share']:.1f} %, "
             f"resident twice {row['weights_twice_bytes'] / 2**10:.0f} KiB, log-prob difference {row['logp_difference']:.1e}"
         )
+    for name in VARIANTS:
+        gains = [row["even_probability"][1] - row["even_probability"][0] for row in learned if row["variant"] == name]
+        spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
+        print(f"{name:40} P(even) gains {statistics.mean(gains):+.3f} ± {spread:.3f} in {options.steps} steps")
     if options.out:
         result = {
-            "command": f"python -m rlpatch.bench.precision --steps {options.steps} --learning-rate {options.learning_rate}",
+            "command": f"python -m rlpatch.bench.precision --steps {options.steps} --seeds {options.seeds} "
+            f"--learning-rate {options.learning_rate}",
             **{name: str(installed(name).version) for name in ("vllm", "trl", "transformers", "torch")},
             "numbers": rows,
             "learning": learned,
