@@ -1,4 +1,6 @@
-"""What precision does to numbers and to learning: ``python -m rlpatch.bench.precision [--steps N] [--seeds N] [--out FILE]``.
+"""What precision does to numbers and to learning.
+
+``python -m rlpatch.bench.precision [--steps 200] [--seeds 3] [--out FILE]``
 
 Forward and backward of one batch under bf16 autocast, per model family, against float32 weights (what plain TRL trains
 when it is given a path): largest difference of the log-probs, and of the gradient (norm of the difference over the norm),
@@ -155,8 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     for row in sorted(learned, key=lambda row: list(VARIANTS).index(row["variant"])):
         print(
             f"{row['variant']:40} seed {row['seed']} P(even) {row['even_probability'][0]:.3f} → "
-            f"{row['even_probability'][1]:.3f}, reward {row['reward'][0]:.3f} → {row['reward'][1]:.3f}, weights changed {100 * row['weights_changed_share']:.1f} %, "
-            f"resident twice {row['weights_twice_bytes'] / 2**10:.0f} KiB, log-prob difference {row['logp_difference']:.1e}"
+            f"{row['even_probability'][1]:.3f}, reward {row['reward'][0]:.3f} → {row['reward'][1]:.3f}, "
+            f"weights changed {100 * row['weights_changed_share']:.1f} %, resident twice {row['weights_twice_bytes'] / 2**10:.0f} KiB, log-prob difference {row['logp_difference']:.1e}"
         )
     for name in VARIANTS:
         gains = [row["even_probability"][1] - row["even_probability"][0] for row in learned if row["variant"] == name]
