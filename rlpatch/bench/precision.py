@@ -158,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{row['variant']:40} seed {row['seed']} P(even) {row['even_probability'][0]:.3f} → "
             f"{row['even_probability'][1]:.3f}, reward {row['reward'][0]:.3f} → {row['reward'][1]:.3f}, "
-            f"weights changed {100 * row['weights_changed_share']:.1f} %, resident twice {row['weights_twice_bytes'] / 2**10:.0f} KiB, log-prob difference {row['logp_difference']:.1e}"
+            f"weights changed {100 * row['weights_changed_share']:.1f} %, "
+            f"resident twice {row['weights_twice_bytes'] / 2**10:.0f} KiB, log-prob difference {row['logp_difference']:.1e}"
         )
     for name in VARIANTS:
         gains = [row["even_probability"][1] - row["even_probability"][0] for row in learned if row["variant"] == name]
