@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +15,9 @@ pytest.importorskip("vllm")
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-import rlpatch  # noqa: E402
+from gpu_trainer import greedy, patched_trainer  # noqa: E402
+
 from rlpatch import phases  # noqa: E402
-from rlpatch.demo import tiny, worker  # noqa: E402
 from rlpatch.errors import FoldError  # noqa: E402
 from rlpatch.lora.fold import ReversibleFold, checksum, kind_of  # noqa: E402
 from rlpatch.lora.target import Product, Target  # noqa: E402
@@ -28,16 +27,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 KV = 4 << 30
 BITS = {2: torch.int16, 4: torch.int32}
-PROMPTS = [[5 + (7 * i + j) % 900 for i in range(40)] for j in range(4)]
-SHAPE = dict(
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_hidden_layers=8,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=2048,
-)
 
 
 def bits(tensor: Any) -> Any:
@@ -112,27 +101,8 @@ def test_memory_kept_is_small() -> None:
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    model = tiny.write_model(tmp_path_factory.mktemp("model"), "qwen3", words=4000, dtype="bfloat16", **SHAPE)
-    rlpatch.apply(strict=True, defaults=False)
-    job = worker.Job(
-        str(model),
-        True,
-        steps=4,
-        dtype="bfloat16",
-        lora={"r": 32, "lora_alpha": 64},
-        engine={"enforce_eager": False, "kv_cache_memory_bytes": KV},
-        config={"vllm_max_model_length": 512, "learning_rate": 1e-3, "beta": 0.01},
-    )
-    yield worker.make_trainer(job)
-    rlpatch.revert()
-
-
-def generate(trainer: Any) -> list[list[int]]:
-    generation = trainer.vllm_generation
-    generation.temperature, generation.max_completion_length = 0.0, 48
-    _, completions, _, _ = generation.generate(prompts=PROMPTS, images=None, num_generations=1)
-    return [list(ids) for ids in completions]
+    lora = {"r": 32, "lora_alpha": 64}
+    yield from patched_trainer(tmp_path_factory.mktemp("model"), KV, lora=lora, learning_rate=1e-3, beta=0.01)
 
 
 def test_lora_training_leaves_the_base_alone(trainer: Any) -> None:
@@ -152,14 +122,14 @@ def test_lora_training_leaves_the_base_alone(trainer: Any) -> None:
 
 
 def test_rollouts_follow_the_adapter(trainer: Any) -> None:
-    first = generate(trainer)
+    first = greedy(trainer)
     layer = next(m for m in trainer.model.modules() if hasattr(m, "lora_B") and "default" in m.lora_B)
     weight = layer.lora_B["default"].weight
     old = weight.detach().clone()
     with torch.no_grad():
         weight.add_(torch.randn_like(weight))
-    second = generate(trainer)
+    second = greedy(trainer)
     with torch.no_grad():
         weight.copy_(old)
     assert second != first
-    assert generate(trainer) == first
+    assert greedy(trainer) == first

@@ -17,42 +17,20 @@ if not torch.cuda.is_available():
 pytest.importorskip("vllm")
 pytest.importorskip("trl")
 
-import rlpatch  # noqa: E402
+from gpu_trainer import greedy, patched_trainer  # noqa: E402
+
 from rlpatch import phases  # noqa: E402
-from rlpatch.demo import tiny, worker  # noqa: E402
 from rlpatch.errors import SharingError, StandbyError  # noqa: E402
 from rlpatch.sharing.account import resident_twice  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 KV = 8 << 30
-PROMPTS = [[5 + (7 * i + j) % 900 for i in range(40)] for j in range(4)]
-SHAPE = dict(
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_hidden_layers=8,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=2048,
-)
 
 
 @pytest.fixture(scope="session")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    model = tiny.write_model(tmp_path_factory.mktemp("model"), "qwen3", words=4000, dtype="bfloat16", **SHAPE)
-    rlpatch.apply(strict=True, defaults=False)
-    job = worker.Job(
-        str(model),
-        True,
-        steps=4,
-        dtype="bfloat16",
-        engine={"enforce_eager": False, "kv_cache_memory_bytes": KV},
-        config={"vllm_max_model_length": 512, "learning_rate": 1e-5},
-    )
-    yield worker.make_trainer(job)
-    rlpatch.revert()
+    yield from patched_trainer(tmp_path_factory.mktemp("model"), KV, learning_rate=1e-5)
 
 
 @pytest.fixture
@@ -60,13 +38,6 @@ def pair(trainer: Any) -> phases.Colocation:
     found = phases.of_engine(trainer.vllm_generation.llm)
     assert found is not None and found.engine is not None and found.standby is not None
     return found
-
-
-def generate(trainer: Any) -> list[list[int]]:
-    generation = trainer.vllm_generation
-    generation.temperature, generation.max_completion_length = 0.0, 48
-    _, completions, _, _ = generation.generate(prompts=PROMPTS, images=None, num_generations=1)
-    return [list(ids) for ids in completions]
 
 
 def used() -> int:
@@ -98,27 +69,27 @@ def test_addresses_and_policy_over_training(trainer: Any, pair: phases.Colocatio
 
 
 def test_rollouts_follow_without_any_push(trainer: Any, pair: phases.Colocation) -> None:
-    first = generate(trainer)
+    first = greedy(trainer)
     old = trainer.model.lm_head.weight.detach().clone()
     with torch.no_grad():
         trainer.model.lm_head.weight.copy_(old.roll(1, 0))
     trainer.vllm_generation.sync_weights()
-    second = generate(trainer)
+    second = greedy(trainer)
     with torch.no_grad():
         trainer.model.lm_head.weight.copy_(old)
     trainer.vllm_generation.sync_weights()
     assert second != first
-    assert generate(trainer) == first
+    assert greedy(trainer) == first
 
 
 def test_same_tokens_after_cycles(trainer: Any, pair: phases.Colocation) -> None:
     pair.standby.restore()
     resident = [p.data_ptr() for p in pair.engine.kv_tensors()]
     pair.standby.release()
-    first = generate(trainer)
+    first = greedy(trainer)
     for _ in range(5):
         assert pair.standby.released
-        assert generate(trainer) == first
+        assert greedy(trainer) == first
     pair.standby.restore()
     assert [p.data_ptr() for p in pair.engine.kv_tensors()] == resident
     pair.standby.release()
@@ -139,7 +110,7 @@ def test_interrupted_rollout(
     trainer: Any, pair: phases.Colocation, failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = trainer.vllm_generation.llm
-    expected = generate(trainer)
+    expected = greedy(trainer)
     steps = 0
     original = type(llm.llm_engine).step
 
@@ -152,26 +123,26 @@ def test_interrupted_rollout(
 
     monkeypatch.setattr(type(llm.llm_engine), "step", interrupted)
     with pytest.raises(failure):
-        generate(trainer)
+        greedy(trainer)
     monkeypatch.undo()
     assert pair.standby.released and not llm.llm_engine.has_unfinished_requests()
-    assert generate(trainer) == expected
+    assert greedy(trainer) == expected
 
 
 def test_restore_without_memory_is_told_and_can_be_tried_again(trainer: Any, pair: phases.Colocation) -> None:
     """A real out-of-memory: the device is filled while the KV cache is out (in part: test_partial_restore_gpu.py)."""
-    expected = generate(trainer)
+    expected = greedy(trainer)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(free - (256 << 20), dtype=torch.uint8, device="cuda")
     before = trainer.model.lm_head.weight.detach().clone()
     with pytest.raises(StandbyError, match="vllm_gpu_memory_utilization"):
-        generate(trainer)
+        greedy(trainer)
     assert pair.standby.released
     assert torch.equal(before, trainer.model.lm_head.weight)
     del ballast
     torch.cuda.empty_cache()
-    assert generate(trainer) == expected
+    assert greedy(trainer) == expected
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -6,7 +6,6 @@ A ballast tensor takes the device's memory. Skips itself without CUDA. Each test
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,50 +17,31 @@ if not torch.cuda.is_available():
 pytest.importorskip("vllm")
 pytest.importorskip("trl")
 
+from gpu_trainer import greedy, patched_trainer  # noqa: E402
+
 import rlpatch  # noqa: E402
 from rlpatch import phases  # noqa: E402
 from rlpatch.adapters.vllm._pieces import Prefixes, kept_free  # noqa: E402
-from rlpatch.demo import tiny, worker  # noqa: E402
 from rlpatch.errors import StandbyError  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 KV = 12 << 30  # a quarter of it is more than what a partial restore keeps free
-PROMPTS = [[5 + (7 * i + j) % 900 for i in range(40)] for j in range(8)]
-SHAPE = dict(
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_hidden_layers=8,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=2048,
-)
 
 
 @pytest.fixture(scope="session")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    model = tiny.write_model(tmp_path_factory.mktemp("model"), "qwen3", words=4000, dtype="bfloat16", **SHAPE)
-    rlpatch.apply(strict=True, defaults=False)
-    job = worker.Job(
-        str(model),
-        True,
-        steps=2,
-        dtype="bfloat16",
-        engine={"enforce_eager": False, "kv_cache_memory_bytes": KV},
-        config={"vllm_max_model_length": 512, "learning_rate": 1e-5},
-    )
-    yield worker.make_trainer(job)
-    rlpatch.revert()
+    yield from patched_trainer(tmp_path_factory.mktemp("model"), KV, steps=2, learning_rate=1e-5)
 
 
 @pytest.fixture
-def pair(trainer: Any) -> phases.Colocation:
+def pair(trainer: Any) -> Iterator[phases.Colocation]:
     found = phases.of_engine(trainer.vllm_generation.llm)
     assert found is not None and found.engine is not None and found.standby is not None
     assert found.standby.released and found.standby.mechanism.resident_bytes() == 0
-    return found
+    yield found
+    if not found.standby.released:  # one failure is enough
+        found.standby.release()
 
 
 @contextlib.contextmanager
@@ -79,17 +59,6 @@ def room_for(pair: phases.Colocation, kv_bytes: int) -> Iterator[int]:
     finally:
         ballast.clear()
         torch.cuda.empty_cache()
-
-
-def generate(trainer: Any, length: int = 48) -> list[list[int]]:
-    generation = trainer.vllm_generation
-    before = generation.temperature, generation.max_completion_length
-    generation.temperature, generation.max_completion_length = 0.0, length
-    try:
-        _, completions, _, _ = generation.generate(prompts=PROMPTS, images=None, num_generations=1)
-    finally:
-        generation.temperature, generation.max_completion_length = before
-    return [list(ids) for ids in completions]
 
 
 def kv_blocks() -> tuple[int, int]:
@@ -112,11 +81,11 @@ def test_training_with_fewer_and_fewer_blocks(trainer: Any, pair: phases.Colocat
         assert len(rows) == 2 and max(rows) < 0.1
         usable, total = kv_blocks()
         assert 2 < usable < 0.75 * total
-    assert generate(trainer) and everything_is_back()
+    assert greedy(trainer) and everything_is_back()
 
 
 def test_fewer_blocks_give_the_same_tokens_and_all_come_back(trainer: Any, pair: phases.Colocation) -> None:
-    whole = generate(trainer)
+    whole = greedy(trainer)
     addresses = [tensor.data_ptr() for tensor in pair.engine.kv_views()]
     for share in (1 / 2, 1 / 8, 3 / 4):
         with room_for(pair, int(share * KV)) as free:
@@ -125,13 +94,13 @@ def test_fewer_blocks_give_the_same_tokens_and_all_come_back(trainer: Any, pair:
             slack = (32 << 20) / KV
             assert 0.8 * share < usable / total < share + slack and 0.8 * share < resident / KV < share + slack
             assert abs(free - torch.cuda.mem_get_info()[0] - resident) < 64 << 20  # really that much, and no more
-            assert generate(trainer) == whole
+            assert greedy(trainer) == whole
             for _ in range(3):  # and in further cycles
                 assert pair.standby.released and pair.standby.mechanism.resident_bytes() == 0
-                assert generate(trainer) == whole and not everything_is_back()
+                assert greedy(trainer) == whole and not everything_is_back()
             torch.cuda.empty_cache()
             assert abs(free - torch.cuda.mem_get_info()[0]) < 128 << 20  # all of it went back
-        assert generate(trainer) == whole and everything_is_back()
+        assert greedy(trainer) == whole and everything_is_back()
     assert [tensor.data_ptr() for tensor in pair.engine.kv_views()] == addresses
     pair.standby.restore()
     assert pair.standby.mechanism.resident_bytes() > 0.95 * KV
@@ -155,39 +124,39 @@ def test_every_block_that_came_back_can_be_written(trainer: Any, pair: phases.Co
 
 def test_so_few_blocks_that_requests_wait_and_are_preempted(trainer: Any, pair: phases.Colocation) -> None:
     """Other batches and recomputed prompts are other kernels: a random model's greedy tokens need not stay the same."""
-    whole = generate(trainer, 400)
+    whole = greedy(trainer, length=400)
     mechanism = pair.standby.mechanism
-    out = mechanism.memory._out if hasattr(mechanism, "memory") else mechanism._asleep()
+    out = getattr(mechanism, "memory", mechanism)._allocations
     total = pair.engine.core.scheduler.kv_cache_config.num_blocks
     prefixes = Prefixes(pair.engine.kv_views(), [(data.handle[2], data.handle[1]) for data in out], total)
     with room_for(pair, prefixes.size(40)):  # one sequence of max_model_len takes 32, all prompts together over 200
-        fewer = generate(trainer, 400)
+        fewer = greedy(trainer, length=400)
         assert 40 <= kv_blocks()[0] < 200
     assert [len(row) for row in fewer] == [len(row) for row in whole] or all(fewer)
-    assert generate(trainer, 400) == whole
+    assert greedy(trainer, length=400) == whole
 
 
 def test_too_little_for_anything(trainer: Any, pair: phases.Colocation) -> None:
-    expected = generate(trainer)
+    expected = greedy(trainer)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     with room_for(pair, -(64 << 20)):
         for _ in range(2):
             with pytest.raises(StandbyError, match=r"room for \d+ of \d+ blocks") as caught:
-                generate(trainer)
+                greedy(trainer)
             assert "MiB are free" in str(caught.value) and "intact" in str(caught.value)
             assert pair.standby.released and pair.standby.mechanism.resident_bytes() == 0
     assert all(torch.equal(before[name], parameter) for name, parameter in trainer.model.named_parameters())
-    assert generate(trainer) == expected and everything_is_back()
+    assert greedy(trainer) == expected and everything_is_back()
 
 
 def test_too_little_for_a_sequence(trainer: Any, pair: phases.Colocation, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few blocks came back, and a request that would need more is refused instead of waiting for ever."""
-    expected = generate(trainer)
+    expected = greedy(trainer)
     before = trainer.model.lm_head.weight.detach().clone()
     monkeypatch.setattr(Prefixes, "most", lambda self, room: 4)  # granules hold more than that
     with room_for(pair, KV // 4), pytest.raises(StandbyError, match=r"needs \d+ KV blocks, and 3 of \d+ came back"):
-        generate(trainer, 200)
+        greedy(trainer, length=200)
     assert pair.standby.released and pair.standby.mechanism.resident_bytes() == 0
     monkeypatch.undo()
     assert torch.equal(before, trainer.model.lm_head.weight)
-    assert generate(trainer) == expected and everything_is_back()
+    assert greedy(trainer) == expected and everything_is_back()
