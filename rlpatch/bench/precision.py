@@ -101,7 +101,7 @@ def learning(folder: Path, steps: int, rate: float, seed: int = 0) -> list[dict[
                 "log_level": "error",
             },
         )  # fmt: skip
-        rlpatch.apply(include=None if variant["patched"] else ["cpu_weights"])
+        rlpatch.apply(include=None if variant["patched"] else ["cpu_weights"], defaults=False)
         trainer = worker.make_trainer(job)
         before = [p.detach().float().clone() for p in trainer.model.parameters()]
         even, start = _even(trainer), time.perf_counter()
