@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from dataclasses import fields
 from typing import Any
@@ -68,9 +67,10 @@ def classes(kind: str) -> tuple[Any, Any]:
     """Trainer and config class, or a skip where this TRL has none that generates in colocate mode."""
     modules, prefix, _ = KINDS[kind]
     for name in modules:
-        if importlib.util.find_spec(name) is None:
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError:
             continue
-        module = importlib.import_module(name)
         if hasattr(module, f"{prefix}Trainer"):
             config = getattr(module, f"{prefix}Config")
             if "vllm_mode" not in {field.name for field in fields(config)}:
