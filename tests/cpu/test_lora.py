@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft")
 import rlpatch  # noqa: E402
 from rlpatch import phases  # noqa: E402
 from rlpatch.demo import tiny, worker  # noqa: E402
-from rlpatch.errors import FoldError, UsageError  # noqa: E402
+from rlpatch.errors import FoldError, StandbyError, UsageError  # noqa: E402
 from rlpatch.lora.target import Target  # noqa: E402
 from rlpatch.sharing.account import resident_twice  # noqa: E402
 
@@ -373,6 +373,31 @@ def test_ctrl_c_while_folding_or_unfolding(
     assert same_base(trainer, before) and not pair_of(trainer).policy.fold.folded
     assert pair_of(trainer).standby.released
     assert generate(trainer) == expected
+
+
+@pytest.mark.parametrize("half", ["restore", "release"])
+def test_a_kv_cache_that_cannot_come_or_go_leaves_an_unfolded_base(
+    trained: Any, half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained()
+    pair = pair_of(trainer)
+    before = base_of(trainer)
+    expected = generate(trainer)
+    folded = []
+
+    def fail() -> None:
+        folded.append(not same_base(trainer, before))
+        raise RuntimeError("CUDA Error: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.standby.mechanism, half, fail)
+        with pytest.raises(StandbyError if half == "restore" else RuntimeError, match="out of memory"):
+            generate(trainer)
+    # what a GPU does while it folds and unfolds comes after the fold and the unfold on a CPU
+    assert folded == [half == "restore"]
+    assert not pair.policy.fold.folded and same_base(trainer, before)
+    assert pair.standby.released is (half == "restore")
+    assert generate(trainer) == expected and pair.standby.released
 
 
 def test_an_adapter_with_an_infinity(trained: Any) -> None:
