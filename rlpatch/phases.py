@@ -643,7 +643,8 @@ class Colocation:
         assert self.engine is not None
         if self.sharing is not None:
             self.sharing.rejoin()  # never while folded: what is copied then would stay folded
-        make_room(self.engine.device)  # before the device has something to do, which this would wait for
+        if restore is not nothing:
+            make_room(self.engine.device)  # before the device has something to do, which this would wait for
         if policy is not None:
             policy.put(restore)
         else:
