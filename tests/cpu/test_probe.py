@@ -47,8 +47,8 @@ cases = {
     "not aliased, not counted": [patch.object(share.Sharing, "_alias", aliased_nowhere), unverified, uncounted],
     "another policy": [patch.object(share.Sharing, "fill", one_stale_tensor), unverified, uncounted],
     "never released": [
-        patch.object(rlpatch.standby.KVStandby, "release", lambda self: setattr(self, "released", True)),
-        patch.object(rlpatch.standby.KVStandby, "restore", lambda self: setattr(self, "released", False)),
+        patch.object(rlpatch.standby.KVStandby, "release", lambda self, **_: setattr(self, "released", True)),
+        patch.object(rlpatch.standby.KVStandby, "restore", lambda self, **_: setattr(self, "released", False)),
     ],
     "whole": [],
 }
