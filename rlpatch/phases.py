@@ -730,7 +730,7 @@ class Colocation:
         """Make the pair ordinary again: KV restored, the trainer's weights in memory of their own."""
         try:
             if self.standby is not None and self.standby.released:
-                self.standby.restore(for_good=True)
+                self.standby.restore()
             blocks = self.standby.blocks if self.standby is not None else None
             if blocks is not None and blocks.usable < blocks.total:
                 logger.warning(

@@ -31,11 +31,8 @@ class Mechanism(Protocol):
     def release(self) -> None:
         """Pause scheduling, forget every cache that describes or uses KV memory, free that memory."""
 
-    def restore(self, *, for_good: bool = False) -> int | None:
+    def restore(self) -> int | None:
         """Get the memory back at the same addresses (CUDA) and resume scheduling. Contents are undefined.
-
-        Args:
-            for_good: This was the last cycle: leave the memory to the engine as it had it before the first.
 
         Returns:
             How many blocks are backed, counted from block 0, if memory did not suffice for all of them; None: all.
@@ -99,11 +96,8 @@ class KVStandby:
         self.cycles += 1
         self.seconds["release"] += time.perf_counter() - start
 
-    def restore(self, *, for_good: bool = False) -> None:
+    def restore(self) -> None:
         """Get the KV cache back, empty.
-
-        Args:
-            for_good: See `Mechanism.restore`.
 
         Raises:
             StandbyError: it is not released, or its memory cannot be had; the trainer and its weights are untouched.
@@ -112,7 +106,7 @@ class KVStandby:
             raise StandbyError("the KV cache is not released; call release() before restoring it")
         start = time.perf_counter()
         try:
-            backed = self.mechanism.restore(for_good=True) if for_good else self.mechanism.restore()
+            backed = self.mechanism.restore()
         except (RuntimeError, MemoryError) as error:
             free = (
                 f", {torch.get_device_module(self.engine.device).mem_get_info()[0] >> 20} MiB are free"
@@ -179,7 +173,7 @@ class ResizedStorages:
         for storage, _ in self._sizes:
             storage.resize_(0)
 
-    def back(self, *, for_good: bool = False) -> None:
+    def back(self) -> None:
         """Allocate the storages again, zeroed."""
         for storage, size in self._sizes:
             storage.resize_(size)

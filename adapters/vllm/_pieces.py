@@ -238,18 +238,15 @@ class Pieces:
         return sum(handle[1] for handle in self._mapped)
 
 
-def map_what_fits(engine: Engine, allocations: list[Any], *, for_good: bool = False) -> Pieces:
+def map_what_fits(engine: Engine, allocations: list[Any]) -> Pieces:
     """Map the KV cache that the pool's `allocations`, all unmapped, are for, or as many of its blocks as fit.
-
-    Args:
-        for_good: With the pool's own handles, if all of it fits.
 
     Raises:
         RuntimeError: there is no room, see `map_prefix`; nothing is mapped then.
     """
     cause: RuntimeError | None = None
     if memory(engine.device)[0] >= size_of(allocations) or _whole_only(engine, allocations) is not None:
-        if _has_slots(allocations) and not for_good:
+        if _has_slots(allocations):
             spans = [(data.handle[2], data.handle[2] + data.handle[1]) for data in allocations]
             pieces = Pieces.cut(allocations[0].handle[0], spans, mapper=_mapper(engine))
         else:

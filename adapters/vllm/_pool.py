@@ -56,11 +56,8 @@ class PoolAllocations:
             self._pieces = None
             mark(self._allocations, True)
 
-    def back(self, *, for_good: bool = False) -> int | None:
+    def back(self) -> int | None:
         """Map at the same addresses; returns the number of blocks if memory does not suffice for all of them.
-
-        Args:
-            for_good: With the pool's own handles, which its own ``sleep`` and its end want to find.
 
         Raises:
             RuntimeError: it does not suffice for any; nothing is mapped then.
@@ -69,7 +66,7 @@ class PoolAllocations:
         if self._pieces is not None:  # of a restore that failed later on
             synchronize(self._engine.device)
             self.free()
-        self._pieces = map_what_fits(self._engine, self._allocations, for_good=for_good)
+        self._pieces = map_what_fits(self._engine, self._allocations)
         mark(self._allocations, False)
         return self._pieces.blocks
 

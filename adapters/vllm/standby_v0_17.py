@@ -33,11 +33,11 @@ class PausedStandby:
         self.engine.reset_caches()
         self.memory.free()
 
-    def restore(self, *, for_good: bool = False) -> int | None:
+    def restore(self) -> int | None:
         """Allocate, re-initialise, resume."""
         from rlpatch.adapters.vllm._pool import settle
 
-        blocks = self.memory.back(for_good=for_good)
+        blocks = self.memory.back()
         settle(self.engine, self.memory)
         self.engine.llm.llm_engine.wake_up(tags=["scheduling"])
         return blocks

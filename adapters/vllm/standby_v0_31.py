@@ -62,7 +62,7 @@ class NativeStandby:
             self._pieces.unmap()
             self._pieces = None
 
-    def restore(self, *, for_good: bool = False) -> int | None:
+    def restore(self) -> int | None:
         """Map the ``kv_cache`` tag again, or what there is room for; scheduling resumes with it."""
         from rlpatch.adapters.vllm._pool import mark
         from rlpatch.standby import make_room
@@ -71,7 +71,7 @@ class NativeStandby:
         if self._allocations and self._pieces is None:  # else a restore was interrupted when all was mapped
             from rlpatch.adapters.vllm._pieces import map_what_fits
 
-            pieces = map_what_fits(self.engine, self._allocations, for_good=for_good)
+            pieces = map_what_fits(self.engine, self._allocations)
             mark(self._allocations, False)
             self._pieces = pieces
         try:

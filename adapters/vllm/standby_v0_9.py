@@ -56,11 +56,11 @@ class RestingStandby:
         manager.num_free_slots = manager.num_freeable_slots = manager.cache_size
         self.engine.runner.encoder_cache.clear()
 
-    def restore(self, *, for_good: bool = False) -> int | None:
+    def restore(self) -> int | None:
         """Allocate, re-initialise."""
         from rlpatch.adapters.vllm._pool import settle
 
-        blocks = self.memory.back(for_good=for_good)
+        blocks = self.memory.back()
         settle(self.engine, self.memory)
         return blocks
 

@@ -265,18 +265,6 @@ def test_large_allocations_come_in_pieces(rig: Rig, monkeypatch: pytest.MonkeyPa
     assert not rig.driver.mapped
 
 
-def test_for_good_the_pool_s_own_handles_come_back(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its ``sleep``, and the end of an allocation, unmap with them."""
-    monkeypatch.setattr(_pieces, "PIECE", 5 * GRANULE)
-    rig.memory.free()
-    assert rig.memory.back() is None and len(rig.driver.mapped) > len(rig.raws)
-    rig.memory.free()
-    assert rig.memory.back(for_good=True) is None
-    for data in rig.data.values():
-        rig.driver.unmap_and_release(*data.handle)
-    assert not rig.driver.mapped
-
-
 def test_chunked_handles_come_as_they_are(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """ROCm builds; a piece of ours would have no chunks."""
     rig.memory.free()
