@@ -329,7 +329,11 @@ class ReversibleFold:
             return
         once = _Once(meanwhile)
         try:
-            self._unfold(once)
+            try:
+                self._unfold(once)
+            except torch.OutOfMemoryError:  # the KV cache is what takes the room: it goes first, then
+                once()
+                self._unfold(once)
         except BaseException as error:
             once()
             raise error from once.error

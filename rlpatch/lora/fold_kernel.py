@@ -158,9 +158,7 @@ class _Desk:
 
 def _stacked(factors: list[torch.Tensor], memory: torch.Tensor) -> torch.Tensor:
     whole = memory[: len(factors) * factors[0].numel()].view(len(factors), *factors[0].shape)
-    if factors[0].dtype == whole.dtype:
-        return torch.stack(factors, out=whole)
-    return whole.copy_(torch.stack(factors))
+    return torch.stack(factors, out=whole)  # of any dtype, and without memory of its own
 
 
 def _two_terms(whole: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
@@ -179,6 +177,8 @@ class TritonPasses:
         self._state: torch.Tensor | None = None
         self._words: torch.Tensor | None = None
         self._launches: list[_Launch] = []
+        self._unfolded = 0  # launches of an unfold that an error has stopped, and its sums until then
+        self._back: torch.Tensor | None = None
         self._kept = 0
 
     def fold(self, targets: Sequence[Target], meanwhile: Work = nothing) -> list[int]:
@@ -191,56 +191,68 @@ class TritonPasses:
         elements = sum(target.weight.numel() for target in targets)
         room = max(1 << 14, int(elements * max(_FIRST_SHARE, _GROWTH * self._need)))
         words = self._words = torch.empty(room, dtype=torch.int16, device=device)
+        desk = _Desk(self._launches)
         used, mode, check = 0, _FOLD, not self._sums
-        while True:
-            counters = torch.zeros(3, dtype=torch.int64, device=device)
-            counters[0].fill_(used)
-            desk = _Desk(self._launches)
-            for launch in self._launches:
-                launch(mode, desk, state, words, counters, sums, room, check)
-            meanwhile()
-            meanwhile = nothing
-            asked, without_room, unusable = counters.tolist()
-            if unusable:
-                self._refuse(targets)
-            if not without_room:
-                break
-            # What was filled lies below `room`; the tiles that found none asked for the rest.
-            mode, used, room = _FOLD_REST, room, room + asked - used
-            larger = torch.empty(room, dtype=torch.int16, device=device)
-            larger[:used].copy_(words)
-            words = self._words = larger
+        try:
+            while True:
+                counters = torch.zeros(3, dtype=torch.int64, device=device)
+                counters[0].fill_(used)
+                for launch in self._launches:
+                    launch(mode, desk, state, words, counters, sums, room, check)
+                meanwhile()
+                meanwhile = nothing
+                asked, without_room, unusable = counters.tolist()
+                if unusable:
+                    raise self._not_finite(targets)
+                if not without_room:
+                    break
+                # What was filled lies below `room`; the tiles that found none asked for the rest.
+                mode, used, room = _FOLD_REST, room, room + asked - used
+                larger = torch.empty(room, dtype=torch.int16, device=device)
+                larger[:used].copy_(words)
+                words = self._words = larger
+        except BaseException:  # out of memory, too: the KV cache may have taken it meanwhile
+            try:
+                self._unfold(targets, desk)
+            finally:
+                self.forget()
+            raise
         self._kept = int((state & 0x3FFF).sum())
         self._need = (self._kept + 2 * int(((state >> 14) & 0x3FFF).sum())) / elements
         found = [value & 0xFFFFFFFF for value in sums.tolist()]
         self._sums = found if check or found == self._sums else []  # another base is checked anew at the next fold
         return found
 
-    def _refuse(self, targets: Sequence[Target]) -> None:
-        """Some tile holds what cannot be folded: undo the others, then name the weight."""
+    def _not_finite(self, targets: Sequence[Target]) -> FoldError:
+        """Names the weight of a tile that holds what cannot be folded."""
         assert self._state is not None
         tile = int((self._state == _NOT_FINITE).nonzero()[0])
         launch = next(one for one in reversed(self._launches) if one.first_tile <= tile)
-        number = launch.sides[(tile - launch.first_tile) // launch.tiles].number
-        self.unfold(targets)
-        error: FoldError = not_finite(targets[number])
-        self.forget()
-        raise error
+        return not_finite(targets[launch.sides[(tile - launch.first_tile) // launch.tiles].number])
 
     def unfold(self, targets: Sequence[Target], meanwhile: Work = nothing) -> list[int]:
-        """See `rlpatch.lora.fold.Passes`."""
-        sums = torch.zeros(len(targets), dtype=torch.int64, device=targets[0].weight.device)
-        desk = _Desk(self._launches)
-        for launch in self._launches:
-            launch(_UNFOLD, desk, self._state, self._words, sums, sums, 0)
+        """See `rlpatch.lora.fold.Passes`. After an error (out of memory) another call goes on where it was."""
+        return self._unfold(targets, _Desk(self._launches[self._unfolded :] or self._launches), meanwhile)
+
+    def _unfold(self, targets: Sequence[Target], desk: _Desk, meanwhile: Work = nothing) -> list[int]:
+        if self._back is None:
+            self._back = torch.zeros(len(targets), dtype=torch.int64, device=targets[0].weight.device)
+        for launch in self._launches[self._unfolded :]:
+            launch(_UNFOLD, desk, self._state, self._words, self._back, self._back, 0)
+            self._unfolded += 1
         meanwhile()
-        return [value & 0xFFFFFFFF for value in sums.tolist()]
+        return [value & 0xFFFFFFFF for value in self._back.tolist()]
 
     def original(self, index: int, target: Target) -> torch.Tensor:
         """See `rlpatch.lora.fold.Passes`."""
-        launch, position = next(
-            (one, n) for one in self._launches for n, side in enumerate(one.sides) if side.number == index
+        number, launch, position = next(
+            (i, one, n)
+            for i, one in enumerate(self._launches)
+            for n, side in enumerate(one.sides)
+            if side.number == index
         )
+        if number < self._unfolded:
+            return target.weight.clone()
         copy = torch.empty_like(target.weight)
         sums = torch.zeros(1, dtype=torch.int64, device=copy.device)
         (alone,) = _launches([_Sides.of(0, target, copy)], launch.first_tile + position * launch.tiles)
@@ -253,8 +265,8 @@ class TritonPasses:
 
     def forget(self) -> None:
         """See `rlpatch.lora.fold.Passes`."""
-        self._state = self._words = None
-        self._launches, self._kept = [], 0
+        self._state = self._words = self._back = None
+        self._launches, self._unfolded, self._kept = [], 0, 0
 
 
 def _launches(sides: list[_Sides], first_tile: int = 0) -> list[_Launch]:

@@ -14,7 +14,7 @@ import torch
 
 from rlpatch.errors import FoldError
 from rlpatch.lora.fold import ReversibleFold, checksum
-from rlpatch.lora.fold_kernel import BLOCK_COLUMNS, BLOCK_ROWS, TritonPasses
+from rlpatch.lora.fold_kernel import BLOCK_COLUMNS, BLOCK_ROWS, TritonPasses, _Launch
 from rlpatch.lora.target import Product, Target
 
 INTEGER = {2: torch.int16, 4: torch.int32}
@@ -193,6 +193,58 @@ def test_room_grows_when_much_is_lost(dtype: Any) -> None:
     assert again.kept == report.kept
     fold.unfold()
     assert same(items, before) and fold._passes["triton"].kept() == (0, 0)
+
+
+class Full:
+    """No memory from the `failing`-th launch on, as often as `times`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: int, times: int = 1) -> None:
+        self.number, self.times, original = 0, times, _Launch.__call__
+
+        def launch(this: Any, *args: Any) -> None:
+            self.number += 1
+            if self.number >= failing and self.times:
+                self.times -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            original(this, *args)
+
+        monkeypatch.setattr(_Launch, "__call__", launch)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_memory_that_ends_in_the_fold_leaves_nothing_folded(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """In the first round of launches, and in the second, for which room was short."""
+    items = [target(130, 150, delta=1e3), target(100, 150, torch.float32, name="other", seed=1, delta=1e3)]
+    before = [bits(item.weight) for item in items]
+    fold = triton_fold()
+    full = Full(monkeypatch, failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        fold.fold(items)
+    assert not full.times and not fold.folded and same(items, before)
+    fold.fold(items)
+    fold.unfold()
+    assert same(items, before)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_memory_that_ends_in_the_unfold(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """The host's work (the KV cache goes) comes first then, and the unfold goes on where it was."""
+    items = [target(seed=1), target(60, 70, torch.float32, name="other", seed=2)]
+    before = [bits(item.weight) for item in items]
+    fold, calls = triton_fold(), []
+    fold.fold(items)
+    full = Full(monkeypatch, failing)
+    fold.unfold(lambda: calls.append([fold.folded, torch.equal(bits(items[0].weight), before[0])]))
+    assert calls == [[True, failing == 2]] and not full.times and not fold.folded and same(items, before)
+    fold.fold(items)
+    full.number, full.times = 0, 2  # not even without the KV cache
+    with pytest.raises(torch.OutOfMemoryError):
+        fold.unfold()
+    assert fold.folded
+    for item, old in zip(items, before, strict=True):  # a checkpoint written now is right
+        assert torch.equal(bits(fold.original(item.weight)), old)
+    fold.unfold()
+    assert not fold.folded and same(items, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
