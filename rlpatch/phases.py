@@ -731,6 +731,8 @@ class Colocation:
         try:
             if self.standby is not None and self.standby.released:
                 self.standby.restore()
+            if self.standby is not None:
+                self.standby.hand_over()
             blocks = self.standby.blocks if self.standby is not None else None
             if blocks is not None and blocks.usable < blocks.total:
                 logger.warning(

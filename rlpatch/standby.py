@@ -38,6 +38,12 @@ class Mechanism(Protocol):
             How many blocks are backed, counted from block 0, if memory did not suffice for all of them; None: all.
         """
 
+    def hand_over(self) -> None:
+        """Leave the restored memory to the engine's own sleep mode, which must be able to let it go. Contents are lost.
+
+        Called on an engine at rest.
+        """
+
     def resident_bytes(self) -> int:
         """Bytes of KV memory that are backed right now."""
 
@@ -122,6 +128,20 @@ class KVStandby:
         self._use(backed)
         self.seconds["restore"] += time.perf_counter() - start
 
+    def hand_over(self) -> None:
+        """The restored KV cache is the engine's alone from now on, its own sleep mode included.
+
+        Not while requests run: what they have computed lies in it.
+
+        Raises:
+            RuntimeError: its memory cannot be had again.
+        """
+        if self.released or getattr(self.engine.llm.llm_engine.output_processor, "request_states", {}):
+            return
+        self.rest()
+        self.engine.llm.reset_prefix_cache()
+        self.mechanism.hand_over()
+
     def _use(self, backed: int | None) -> None:
         if self.blocks is None:
             if backed is None:
@@ -179,6 +199,9 @@ class ResizedStorages:
             storage.resize_(size)
             torch.empty(0, dtype=torch.uint8).set_(storage).zero_()  # type: ignore[call-overload]
         self._sizes = []
+
+    def hand_over(self) -> None:
+        """Nothing: they are as the engine made them."""
 
     def backed(self) -> None:
         """Which addresses are backed, if only some are: never."""

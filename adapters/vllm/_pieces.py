@@ -207,6 +207,10 @@ class Pieces:
         pieces._mapped = list(pieces._handles) if mapped else []
         return pieces
 
+    def same_handles(self, other: Pieces) -> bool:
+        """Whether `other` is for the same memory in the same handles."""
+        return self._handles == other._handles
+
     def map(self) -> None:
         """Map all of them, or nothing.
 
@@ -236,6 +240,27 @@ class Pieces:
     def resident_bytes(self) -> int:
         """Bytes mapped now."""
         return sum(handle[1] for handle in self._mapped)
+
+
+def in_the_pools_handles(pieces: Pieces, allocations: list[Any]) -> Pieces:
+    """`pieces` of the pool's `allocations`, mapped again as the pool itself would have done it; what is in them is lost.
+
+    Its own ``sleep`` and ``wake_up`` and its callback for what is freed know one handle per allocation. A KV cache that is
+    there in part stays as it is, the pool has no way to map that; so does one whose memory another process has taken from.
+
+    Raises:
+        RuntimeError: the driver's error; nothing is mapped then.
+    """
+    own = Pieces.of_pool(allocations, mapped=False)
+    if pieces.blocks is not None or pieces.same_handles(own):
+        return pieces
+    pieces.unmap()
+    try:
+        own.map()
+    except RuntimeError:
+        pieces.map()
+        return pieces
+    return own
 
 
 def map_what_fits(engine: Engine, allocations: list[Any]) -> Pieces:

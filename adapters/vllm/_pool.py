@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlpatch.adapters.vllm._pieces import GRANULE, Pieces, Span, map_what_fits
+from rlpatch.adapters.vllm._pieces import GRANULE, Pieces, Span, in_the_pools_handles, map_what_fits
 from rlpatch.engine import Engine, synchronize
 from rlpatch.errors import StandbyError
 from rlpatch.standby import ResizedStorages, make_room
@@ -69,6 +69,11 @@ class PoolAllocations:
         self._pieces = map_what_fits(self._engine, self._allocations)
         mark(self._allocations, False)
         return self._pieces.blocks
+
+    def hand_over(self) -> None:
+        """See `rlpatch.standby.Mechanism`."""
+        if self._pieces is not None:
+            self._pieces = in_the_pools_handles(self._pieces, self._allocations)
 
     def backed(self) -> list[Span] | None:
         """The addresses that are mapped, if only some are."""

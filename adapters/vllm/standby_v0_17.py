@@ -42,6 +42,10 @@ class PausedStandby:
         self.engine.llm.llm_engine.wake_up(tags=["scheduling"])
         return blocks
 
+    def hand_over(self) -> None:
+        """See `rlpatch.standby.Mechanism`."""
+        self.memory.hand_over()
+
     def resident_bytes(self) -> int:
         """Bytes of KV memory that are backed right now."""
         return self.memory.resident_bytes()

@@ -84,6 +84,13 @@ class NativeStandby:
             raise
         return self._pieces.blocks if self._pieces is not None else None
 
+    def hand_over(self) -> None:
+        """Map it again as vLLM's pool would have done it."""
+        if self._pieces is not None:
+            from rlpatch.adapters.vllm._pieces import in_the_pools_handles
+
+            self._pieces = in_the_pools_handles(self._pieces, self._allocations)
+
     def resident_bytes(self) -> int:
         """Bytes of KV memory that are backed right now."""
         if self._allocations:

@@ -64,6 +64,10 @@ class RestingStandby:
         settle(self.engine, self.memory)
         return blocks
 
+    def hand_over(self) -> None:
+        """See `rlpatch.standby.Mechanism`."""
+        self.memory.hand_over()
+
     def resident_bytes(self) -> int:
         """Bytes of KV memory that are backed right now."""
         return self.memory.resident_bytes()

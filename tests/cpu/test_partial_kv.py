@@ -115,6 +115,10 @@ def rig(tiny_model: str) -> Iterator[Rig]:
         yield made
         made.driver.taken, made.driver.before_map = 0, lambda: None
         rlpatch.revert()
+        assert made.driver.used() == made.total and not made.asleep()
+        for data in made.allocator.pointer_to_data.values():  # its own sleep mode can let it go
+            cumem.unmap_and_release(data.handle)
+        assert not made.driver.mapped
 
 
 @pytest.fixture(autouse=True)

@@ -265,6 +265,32 @@ def test_large_allocations_come_in_pieces(rig: Rig, monkeypatch: pytest.MonkeyPa
     assert not rig.driver.mapped
 
 
+def test_the_pool_can_let_go_of_what_is_handed_over(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the handles in its own books, which pieces do not have."""
+    monkeypatch.setattr(_pieces, "PIECE", 5 * GRANULE)
+    rig.memory.hand_over()  # as the pool made it: nothing to do
+    assert len(rig.driver.log) == len(rig.raws)
+    rig.memory.free()
+    rig.memory.hand_over()
+    assert not rig.driver.mapped
+    rig.memory.back()
+    assert len(rig.driver.mapped) > len(rig.raws)
+    rig.memory.hand_over()
+    rig.memory.hand_over()
+    assert rig.memory.resident_bytes() == rig.total and rig.asleep() == {False}
+    for data in rig.data.values():
+        rig.driver.unmap_and_release(*data.handle)
+        rig.driver.create_and_map(*data.handle)
+    rig.memory.free()
+    rig.driver.taken = rig.total // 2
+    assert rig.memory.back() == BLOCKS // 2
+    before = dict(rig.driver.mapped)
+    rig.memory.hand_over()
+    assert rig.driver.mapped == before, "what is there in part stays"
+    rig.memory.free()
+    assert not rig.driver.mapped
+
+
 def test_chunked_handles_come_as_they_are(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """ROCm builds; a piece of ours would have no chunks."""
     rig.memory.free()
