@@ -15,6 +15,7 @@ import torch
 from rlpatch.blocks import BlockLimit
 from rlpatch.engine import Engine, synchronize
 from rlpatch.errors import StandbyError
+from rlpatch.interrupts import deferred
 
 logger = logging.getLogger("rlpatch")
 
@@ -97,9 +98,10 @@ class KVStandby:
         if not at_rest:
             self.rest()
         start = time.perf_counter()
-        self.mechanism.release()
-        self.released = True
-        self.cycles += 1
+        with deferred():  # else an engine may be left that is paused and does not count as released
+            self.mechanism.release()
+            self.released = True
+            self.cycles += 1
         self.seconds["release"] += time.perf_counter() - start
 
     def restore(self) -> None:
@@ -111,8 +113,15 @@ class KVStandby:
         if not self.released:
             raise StandbyError("the KV cache is not released; call release() before restoring it")
         start = time.perf_counter()
+        with deferred():  # likewise: memory that nobody knows to be mapped cannot be mapped again
+            backed = self._restored()
+            self.released = False
+            self._use(backed)
+        self.seconds["restore"] += time.perf_counter() - start
+
+    def _restored(self) -> int | None:
         try:
-            backed = self.mechanism.restore()
+            return self.mechanism.restore()
         except (RuntimeError, MemoryError) as error:
             free = (
                 f", {torch.get_device_module(self.engine.device).mem_get_info()[0] >> 20} MiB are free"
@@ -124,9 +133,6 @@ class KVStandby:
                 "vllm_gpu_memory_utilization (it sized the KV cache) or leave it unset, so that the memory plan does, or "
                 "free memory before generating; the trainer and its weights are intact"
             ) from error
-        self.released = False
-        self._use(backed)
-        self.seconds["restore"] += time.perf_counter() - start
 
     def hand_over(self) -> None:
         """The restored KV cache is the engine's alone from now on, its own sleep mode included.

@@ -17,18 +17,16 @@ While the device works the host may do something else (`meanwhile`): the KV cach
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from rlpatch.errors import FoldError
+from rlpatch.interrupts import deferred
 from rlpatch.lora.target import Target
 
 logger = logging.getLogger("rlpatch")
@@ -272,7 +270,7 @@ class ReversibleFold:
         for target in targets:
             grouped.setdefault((self.passes_for or kind_of)(target), []).append(target)
         try:
-            with _uninterrupted():
+            with deferred():
                 self._fold(targets, grouped, once)
                 once()
             if once.error is not None:
@@ -343,7 +341,7 @@ class ReversibleFold:
 
     def _unfold(self, meanwhile: _Once) -> None:
         start = time.perf_counter()
-        with _uninterrupted():  # the verdict included: an interrupt must not hide a damaged base
+        with deferred():  # the verdict included: an interrupt must not hide a damaged base
             while self._groups:
                 passes, group = self._groups[0]
                 for target, found in zip(group, passes.unfold(group, meanwhile), strict=True):
@@ -422,23 +420,6 @@ class ReversibleFold:
 
 def _place(matrix: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return matrix.data_ptr(), tuple(matrix.shape), tuple(matrix.stride())
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait until the weights are whole again (milliseconds)."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    came: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[0])
 
 
 def kind_of(target: Target) -> str:
