@@ -206,6 +206,7 @@ class TritonPasses:
                     raise self._not_finite(targets)
                 if not without_room:
                     break
+                self._need = asked / elements  # for the next fold, if there is no memory now
                 # What was filled lies below `room`; the tiles that found none asked for the rest.
                 mode, used, room = _FOLD_REST, room, room + asked - used
                 larger = torch.empty(room, dtype=torch.int16, device=device)
