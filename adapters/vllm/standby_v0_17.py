@@ -29,8 +29,13 @@ class PausedStandby:
 
     def release(self) -> None:
         """Pause, forget caches, free."""
-        self.engine.llm.llm_engine.sleep(level=0)
-        self.engine.reset_caches()
+        front = self.engine.llm.llm_engine
+        front.sleep(level=0)
+        try:
+            self.engine.reset_caches()
+        except BaseException:
+            front.wake_up(tags=["scheduling"])  # else the next generation never ends
+            raise
         self.memory.free()
 
     def restore(self) -> int | None:

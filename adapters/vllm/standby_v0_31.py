@@ -57,6 +57,8 @@ class NativeStandby:
             front.release_kv_cache_memory()
         except BaseException:
             mark(self._allocations, False)
+            asleep = "kv_cache" in self.engine.core.model_executor.sleeping_tags
+            front.wake_up(tags=["kv_cache" if asleep else "scheduling"])  # else the next generation never ends
             raise
         if self._pieces is not None:
             self._pieces.unmap()

@@ -243,15 +243,17 @@ def test_a_release_that_upstream_refuses_keeps_the_pieces(rig: Rig, monkeypatch:
     rig.standby.restore()
     before = dict(rig.driver.mapped)
     front = type(rig.llm.llm_engine)
-    name = "release_kv_cache_memory" if hasattr(front, "release_kv_cache_memory") else "sleep"
+    where, name = (
+        (front, "release_kv_cache_memory") if hasattr(front, "release_kv_cache_memory") else (Engine, "reset_caches")
+    )
 
     def refuse(self: Any, **kwargs: Any) -> Any:
         raise RuntimeError("requires a completed pause first")
 
-    original = getattr(front, name)
-    monkeypatch.setattr(front, name, refuse)
+    original = getattr(where, name)
+    monkeypatch.setattr(where, name, refuse)
     with pytest.raises(RuntimeError, match="completed pause"):
         rig.standby.release()
     assert rig.driver.mapped == before and not rig.standby.released and not rig.asleep()
-    monkeypatch.setattr(front, name, original)
-    rig.standby.release()
+    monkeypatch.setattr(where, name, original)
+    assert len(rig.tokens(4)) == len(PROMPTS), "the engine goes on"
