@@ -271,9 +271,10 @@ def map_what_fits(engine: Engine, allocations: list[Any]) -> Pieces:
     """
     cause: RuntimeError | None = None
     if memory(engine.device)[0] >= size_of(allocations) or _whole_only(engine, allocations) is not None:
-        if _has_slots(allocations):
+        # a KV connector has registered each allocation as one
+        if _has_slots(allocations) and not _connected(engine):
             spans = [(data.handle[2], data.handle[2] + data.handle[1]) for data in allocations]
-            pieces = Pieces.cut(allocations[0].handle[0], spans, mapper=_mapper(engine))
+            pieces = Pieces.cut(allocations[0].handle[0], spans, mapper=driver())
         else:
             pieces = Pieces.of_pool(allocations, mapped=False)
         try:
@@ -320,7 +321,7 @@ def map_prefix(engine: Engine, allocations: list[Any], cause: BaseException | No
                 f"{needed}, and beside {kept >> 20} MiB kept for the engine's activations and the fold there is room for "
                 f"{blocks} of {total} blocks"
             ) from cause
-        pieces = Pieces.cut(device, prefixes.spans(blocks), blocks, _mapper(engine))
+        pieces = Pieces.cut(device, prefixes.spans(blocks), blocks, driver())
         try:
             pieces.map()
         except RuntimeError:
@@ -331,9 +332,8 @@ def map_prefix(engine: Engine, allocations: list[Any], cause: BaseException | No
     raise AssertionError("unreachable")
 
 
-def _mapper(engine: Engine) -> Driver | None:
-    """The driver itself, unless a KV connector wants memory that network cards can read."""
-    return driver() if engine.llm.llm_engine.vllm_config.kv_transfer_config is None else None
+def _connected(engine: Engine) -> bool:
+    return engine.llm.llm_engine.vllm_config.kv_transfer_config is not None
 
 
 def _has_slots(allocations: list[Any]) -> bool:
@@ -341,11 +341,10 @@ def _has_slots(allocations: list[Any]) -> bool:
 
 
 def _whole_only(engine: Engine, allocations: list[Any]) -> str | None:
-    config = engine.llm.llm_engine.vllm_config
     if not _has_slots(allocations):
         return "this build of vLLM maps in chunks (ROCm)"
-    if config.parallel_config.world_size > 1:
+    if engine.llm.llm_engine.vllm_config.parallel_config.world_size > 1:
         return "every rank of the engine must have the same blocks"
-    if config.kv_transfer_config is not None:
+    if _connected(engine):
         return "a KV connector has registered all of it"
     return None

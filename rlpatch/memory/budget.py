@@ -227,6 +227,8 @@ def _unbounded(arguments: Mapping[str, Any], release: Release) -> str:
         return "this vLLM takes no size of the KV cache, only a share of the device"
     if arguments.get("max_num_seqs") is None:
         return "vLLM is given no max_num_seqs"
+    if arguments.get("kv_transfer_config"):
+        return "a KV connector keeps blocks for longer than their requests"
     return "speculative_config adds layers" if arguments.get("speculative_config") else ""
 
 

@@ -53,19 +53,28 @@ def rehouse(tensors: Iterable[torch.nn.Parameter], room: Callable[[torch.device]
 
     Returns:
         Bytes moved.
+
+    Raises:
+        RuntimeError: the device has no room for them any more; they are in host memory then.
     """
     found = {id(tensor): tensor for tensor in tensors}.values()
     storages = Counter(tensor.untyped_storage().data_ptr() for tensor in found)
     moved = [
         (tensor, tensor.detach().to("cpu", copy=True), tensor.device)
         for tensor in found
-        if tensor.nbytes >= _SMALL and tensor.is_contiguous() and tensor.grad is None
+        if not tensor.is_meta and tensor.nbytes >= _SMALL and tensor.is_contiguous() and tensor.grad is None
         and storages[tensor.untyped_storage().data_ptr()] == 1 and tensor.untyped_storage().nbytes() == tensor.nbytes
     ]  # fmt: skip
     for tensor, _, _ in moved:
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     for device in dict.fromkeys(device for _, _, device in moved):
         room(device)
-    for tensor, values, device in moved:
-        tensor.data = values.to(device, copy=True)
+    try:
+        for tensor, values, device in moved:
+            tensor.data = values.to(device, copy=True)
+    except RuntimeError:  # somebody else took the memory: no value is lost
+        for tensor, values, _ in moved:
+            if not tensor.numel():
+                tensor.data = values
+        raise
     return sum(values.nbytes for _, values, _ in moved)
