@@ -108,6 +108,7 @@ def test_the_cache_is_no_larger_than_its_rollouts() -> None:
     )
     for plan in (
         decided(max_model_len=1000, speculative_config={"method": "ngram"}).plan,
+        decided(max_model_len=1000, kv_transfer_config={"kv_connector": "NixlConnector"}).plan,
         decided(max_model_len=1000, release=Release(takes_bytes=False)).plan,
     ):
         assert plan is not None and plan.sized_by == LEFT
