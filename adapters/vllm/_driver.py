@@ -1,9 +1,10 @@
 """Device memory for the KV cache, mapped by the CUDA driver itself rather than by vLLM's C extension.
 
-The extension asks for memory that network cards can read (``gpuDirectRDMACapable``), for KV connectors, and that is slow
-to get: on an H200, with the trainer's memory around it, 138 to 141 ms for 40 GiB in one handle (vLLM from 0.29 on) and
-about 26 ms in 36 of them, where plain memory takes 3 ms in handles of 8 GiB and 6 ms in handles of 1 GiB
-(bench/results/h200-kv-mapping.json). The addresses are the pool's, reserved for as long as its allocation lives.
+The extension asks for memory that network cards can read (``gpuDirectRDMACapable``), for KV connectors. On an H200, in the
+midst of a training, 40 GiB of it in one handle (vLLM from 0.29 on) took 138 to 141 ms, and as much plain memory 3 ms in
+handles of 8 GiB and 6 ms in handles of 1 GiB. Size and kind were not varied apart there; outside of a training plain memory
+in one handle takes 2 to 17 ms, so that the kind is the likely cause (bench/results/h200-kv-mapping.json). The addresses are
+the pool's, reserved for as long as its allocation lives.
 
 The calls and structures are those of the driver's virtual memory management (cuda.h, since CUDA 10.2).
 """
