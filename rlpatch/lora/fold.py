@@ -72,7 +72,7 @@ class FoldReport:
     Attributes:
         weights: Number of matrices.
         elements: Their elements.
-        kept: Elements that the round trip alone would not restore.
+        kept: Elements that the round trip alone would not restore; of 16 bits on a GPU: pairs of neighbours.
         kept_bytes: Memory that they take until the unfold, in bytes.
         weight_bytes: Memory of the matrices, in bytes.
     """
@@ -104,25 +104,27 @@ class Passes(Protocol):
         """A copy of the unfolded weight of the `index`-th target while it is folded."""
 
     def kept(self) -> tuple[int, int]:
-        """Elements kept by the last fold, and the bytes they take."""
+        """Elements (or pairs, see `FoldReport`) kept by the last fold, and the bytes they take."""
 
     def forget(self) -> None:
         """Let go of what the last fold kept."""
 
 
 def checksum(weight: torch.Tensor) -> int:
-    """``Σ bits(i, j) · (2i + 1) · (2j + 1)`` modulo 2³² (fp64: 2⁶⁴), with the elements' bits as signed integers.
+    """``Σ bits(i, j) · (2i + 1) · (2j + 1)`` modulo 2³² (fp64: 2⁶⁴), with the elements' bits as unsigned integers.
 
     Args:
         weight: ``[rows, columns]``, any strides; a transposed matrix has the same checksum.
     """
     rows, columns = weight.shape
-    modulo = (1 << max(32, 8 * weight.element_size())) - 1  # of int64, which wraps around by itself
+    size = weight.element_size()
+    modulo = (1 << max(32, 8 * size)) - 1  # of int64, which wraps around by itself
+    unsigned = (1 << 8 * size) - 1 if size < 8 else -1
     factors = 2 * torch.arange(columns, device=weight.device) + 1
     total = 0
     step = max(1, _CHUNK // max(1, columns))
     for start in range(0, rows, step):
-        bits = weight[start : start + step].contiguous().view(_BITS[weight.element_size()]).to(torch.int64)
+        bits = weight[start : start + step].contiguous().view(_BITS[size]).to(torch.int64) & unsigned
         lines = (bits * factors).sum(1)
         total += int(((2 * torch.arange(start, start + len(lines), device=weight.device) + 1) * lines).sum())
     return total & modulo

@@ -6,8 +6,9 @@ terms (an error of 2^-16 where the sum is rounded to 2^-8 or 2^-11), weights of 
 unfold are the same kernel, compiled without contraction of multiply and add, so that both make the same delta, bit for
 bit.
 
-An element that the round trip does not restore costs 2 bytes: its place in the tile (12 bits) and a code (4) for the
-difference of the bits, from -7 to 8; another difference takes 2 bytes more (weights of 16 bits) or 4. Tiles reserve room
+The kernel works on words of 32 bits, which hold two elements of 16: its limit is arithmetic on integers, not memory. A
+word that the round trip does not restore costs 2 bytes: its place in the tile (11 bits), which element differs (1), and a
+code (4) for the difference of the bits, from -7 to 8; another difference, or two, take 4 bytes more. Tiles reserve room
 with an atomic counter; a tile that finds none leaves its weights alone, and the launch is repeated with more room.
 """
 
@@ -17,7 +18,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,14 +28,16 @@ from rlpatch.lora.target import Product, Target
 
 logger = logging.getLogger("rlpatch")
 
-BLOCK_ROWS, BLOCK_COLUMNS, WARPS = 64, 64, 4
-OPTIONS: dict[str, int] = {"num_stages": 1, "maxnreg": 96}
-UNFOLD_OPTIONS: dict[str, int] = {"num_stages": 1, "maxnreg": 96}
+# A tile in words (a row's marks are 32 bits), and tiles per program. One warp has a tile to itself: nothing waits at
+# barriers, and a product of 16 rows is done by instructions that no fence precedes (Hopper's own need 64 rows and fences,
+# which wait for the reads ahead, too).
+BLOCK_ROWS, BLOCK_WORDS, STRIP = 16, 32, 8
+OPTIONS: dict[str, int] = {"num_warps": 1, "num_stages": 1, "maxnreg": 168}
+UNFOLD_OPTIONS: dict[str, int] = {"num_warps": 1, "num_stages": 1, "maxnreg": 112}
 _FOLD, _FOLD_REST, _UNFOLD = 0, 1, 2
 _ABSENT, _NOT_FINITE = -1, -2  # a tile's state
 _FIRST_SHARE = 4e-4  # words per element; grows with what folds turn out to need
 _GROWTH = 1.1
-_ALIGNED = 8  # elements, 16 bytes of bf16
 _CHUNK = 64 << 20  # bytes of fp32 factors per launch
 
 
@@ -50,6 +53,38 @@ def available() -> bool:
     except Exception as error:  # no Triton, no compiler, a chip that it does not know
         logger.warning("rlpatch: folding runs in plain torch, because Triton does not serve this GPU: %s", error)
         return False
+
+
+class _Shape(NamedTuple):
+    """What weights of one launch have in common.
+
+    Attributes:
+        whole: Words can be read as such; else as two elements of 16 bits.
+        strides: Of source and target, rows and columns, in words if `whole`, else in elements.
+    """
+
+    dtype: torch.dtype
+    whole: bool
+    aligned: bool
+    rows: int
+    columns: int
+    strides: tuple[int, ...]
+    rank: int
+
+    @property
+    def words(self) -> int:
+        """In a row."""
+        return -(-self.columns // (4 // self.dtype.itemsize))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return -(-self.rows // BLOCK_ROWS), -(-self.words // BLOCK_WORDS)
+
+    @property
+    def tiles(self) -> int:
+        """Of one weight."""
+        return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
@@ -71,17 +106,18 @@ class _Sides:
             weight, into, left, right = weight.T, into.T, right.T, left.T
         return cls(number, weight, into, left, right, scale)
 
-    def shape(self) -> tuple[Any, ...]:
+    def shape(self) -> _Shape:
         """What weights of one launch have in common."""
-        aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (self.weight, self.into))
-        return (
-            self.weight.dtype,
-            aligned,
-            *self.weight.shape,
-            *self.weight.stride(),
-            *self.into.stride(),
-            self.left.shape[1],
-        )
+        weight = self.weight
+        both = (weight,) if self.into is weight else (weight, self.into)
+        places, strides = [tensor.data_ptr() for tensor in both], [tensor.stride() for tensor in both]
+        rows, columns = weight.shape
+        whole = weight.element_size() == 4
+        if not whole and columns % 2 == 0:
+            whole = all(row % 2 == 0 and column == 1 for row, column in strides) and all(p % 4 == 0 for p in places)
+            strides = [(row // 2, 1) for row, _ in strides] if whole else strides
+        aligned = all(place % 16 == 0 for place in places)
+        return _Shape(weight.dtype, whole, aligned, rows, columns, strides[0] + strides[-1], self.left.shape[1])
 
     def row(self) -> list[int]:
         """Its row of the kernel's table."""
@@ -97,36 +133,34 @@ class _Launch:
     """
 
     sides: tuple[_Sides, ...]
-    shape: tuple[Any, ...]
+    shape: _Shape
     first_tile: int
-    tiles: int
     table: torch.Tensor
     scales: torch.Tensor
-
-    @property
-    def factors(self) -> int:
-        """Elements of its factors, both sides."""
-        rows, columns, rank = self.shape[2], self.shape[3], self.shape[-1]
-        return len(self.sides) * (rows + columns) * int(rank)
 
     def __call__(
         self, mode: int, desk: _Desk, state: Any, words: Any, counters: Any, sums: Any, room: int, check: bool = True
     ) -> None:
         from rlpatch.lora.triton_kernel import fold_kernel
 
-        dtype, aligned, rows, columns, *strides, rank = self.shape
-        device = self.sides[0].weight.device
-        split = _splits(dtype, device)
-        lefts, rights = [side.left for side in self.sides], [side.right for side in self.sides]
-        left, right = desk.factors(lefts, rights, self.scales, split)
-        block = 16 if rank <= 16 else 32
-        even = rows % BLOCK_ROWS == 0 and columns % BLOCK_COLUMNS == 0 and rank % block == 0
-        farthest = max(rows * strides[0] + columns * strides[1], rows * strides[2] + columns * strides[3])
-        fold_kernel[(self.tiles, len(self.sides))](
-            self.table, left, right, state, words, counters, sums, rows, columns, *strides, rank, self.first_tile, room,
-            MODE=mode, KIND=str(dtype).removeprefix("torch."), ALIGNED=aligned, EVEN=even, LARGE=farthest >= 1 << 31,
-            SPLIT=split, PACK=split, CHECK=check or not split, ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS, RANK=block,
-            num_warps=WARPS, enable_fp_fusion=False, **(UNFOLD_OPTIONS if mode == _UNFOLD else OPTIONS),
+        shape, device = self.shape, self.sides[0].weight.device
+        split = _splits(shape.dtype, device)
+        left, right = desk.factors(self, split)
+        block = 16 if shape.rank <= 16 else 32
+        down, across = shape.grid
+        even = (
+            shape.whole and shape.rows % BLOCK_ROWS == 0 and shape.words % BLOCK_WORDS == 0 and shape.rank % block == 0
+        )
+        strides = shape.strides
+        farthest = max(shape.rows * strides[n] + shape.columns * strides[n + 1] for n in (0, 2))
+        fold_kernel[(across * -(-down // STRIP), len(self.sides))](
+            self.table, left, right, state, words, counters, sums, shape.rows, shape.columns, *strides, shape.rank,
+            shape.words, across, self.first_tile, room,
+            MODE=mode, KIND=str(shape.dtype).removeprefix("torch."), WHOLE=shape.whole, ALIGNED=shape.aligned,
+            EVEN=even, LARGE=farthest >= 1 << 31, SPLIT=split, NVIDIA=split, CHECK=check or not split,
+            ROWS=BLOCK_ROWS, WORDS=BLOCK_WORDS, RANK=block,
+            ONE=shape.rank <= block, STRIP=STRIP, enable_fp_fusion=False,
+            **(UNFOLD_OPTIONS if mode == _UNFOLD else OPTIONS),
         )  # fmt: skip
 
 
@@ -139,33 +173,47 @@ class _Desk:
 
     def __init__(self, launches: Sequence[_Launch]) -> None:
         device = launches[0].sides[0].weight.device
-        most = _ALIGNED + max(launch.factors for launch in launches)
-        self._whole = torch.empty(most, dtype=torch.float32, device=device)
-        splits = any(_splits(launch.shape[0], device) for launch in launches)
-        self._terms = torch.empty(2 * most if splits else 0, dtype=torch.bfloat16, device=device)
+        sides = [(_room(one, one.shape.rows), _room(one, one.shape.columns + 1)) for one in launches]
+        self._stage = torch.empty(max(max(both) for both in sides), dtype=torch.float32, device=device)
+        self._ready = torch.empty(max(sum(both) for both in sides), dtype=torch.float32, device=device)
 
-    def factors(
-        self, lefts: list[torch.Tensor], rights: list[torch.Tensor], scales: torch.Tensor, split: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both sides as ``[weights, terms, …]``: fp32 in one term, or in two bf16 terms whose sum has 16 bits of it."""
-        size = -(-len(lefts) * lefts[0].numel() // _ALIGNED) * _ALIGNED
-        left = _stacked(lefts, self._whole[:size]).mul_(scales[:, None, None])
-        right = _stacked(rights, self._whole[size:])
-        if not split:
-            return left[:, None], right[:, None]
-        return _two_terms(left, self._terms[: 2 * size]), _two_terms(right, self._terms[2 * size :])
+    def factors(self, launch: _Launch, split: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both sides as the kernel wants them: fp32 in one term, or in two bf16 terms whose sum has 16 bits of it.
+
+        Returns:
+            ``[weights, terms, 1, rows, rank]``, the scale multiplied in, and ``[weights, terms, parts, rank, columns /
+            parts]``: of weights of 16 bits the even columns and the odd ones, else one part.
+        """
+        left = self._staged([side.left for side in launch.sides]).mul_(launch.scales[:, None, None])
+        size = _room(launch, launch.shape.rows)
+        first = _placed(left, self._ready[:size], split, 1)
+        right = self._staged([side.right for side in launch.sides])
+        return first, _placed(right, self._ready[size:], split, 4 // launch.shape.dtype.itemsize)
+
+    def _staged(self, factors: list[torch.Tensor]) -> torch.Tensor:
+        whole = self._stage[: len(factors) * factors[0].numel()].view(len(factors), *factors[0].shape)
+        return torch.stack(factors, out=whole)  # of any dtype, and without memory of its own
 
 
-def _stacked(factors: list[torch.Tensor], memory: torch.Tensor) -> torch.Tensor:
-    whole = memory[: len(factors) * factors[0].numel()].view(len(factors), *factors[0].shape)
-    return torch.stack(factors, out=whole)  # of any dtype, and without memory of its own
+def _room(launch: _Launch, length: int) -> int:
+    """Elements of fp32 for one side of all its products; 16 bytes are aligned."""
+    return -(-len(launch.sides) * length * launch.shape.rank // 4) * 4
 
 
-def _two_terms(whole: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    terms = memory[: 2 * whole.numel()].view(whole.shape[0], 2, *whole.shape[1:])
-    terms[:, 0].copy_(whole)
-    torch.sub(whole, terms[:, 0], out=terms[:, 1])
-    return terms
+def _placed(whole: torch.Tensor, memory: torch.Tensor, split: bool, parts: int) -> torch.Tensor:
+    """``[weights, rows, columns]`` as ``[weights, terms, parts, rows, columns / parts]`` in `memory`."""
+    count, rows, columns = whole.shape
+    terms, width = 1 + split, -(-columns // parts)
+    memory = memory.view(torch.bfloat16) if split else memory
+    into = memory[: count * terms * parts * rows * width].view(count, terms, parts, rows, width)
+    for part in range(parts):
+        values = whole[:, :, part::parts]
+        here = into[:, :, part, :, : values.shape[2]]
+        here[:, 0].copy_(values)
+        if split:
+            torch.sub(values, here[:, 0], out=here[:, 1])
+        into[:, :, part, :, values.shape[2] :] = 0
+    return into
 
 
 class TritonPasses:
@@ -185,7 +233,7 @@ class TritonPasses:
         """See `rlpatch.lora.fold.Passes`."""
         device = targets[0].weight.device
         self._launches = _launches([_Sides.of(n, target, target.weight) for n, target in enumerate(targets)])
-        tiles = self._launches[-1].first_tile + self._launches[-1].tiles * len(self._launches[-1].sides)
+        tiles = self._launches[-1].first_tile + self._launches[-1].shape.tiles * len(self._launches[-1].sides)
         state = self._state = torch.full((tiles,), _ABSENT, dtype=torch.int64, device=device)
         sums = torch.zeros(len(targets), dtype=torch.int64, device=device)
         elements = sum(target.weight.numel() for target in targets)
@@ -201,7 +249,9 @@ class TritonPasses:
                     launch(mode, desk, state, words, counters, sums, room, check)
                 meanwhile()
                 meanwhile = nothing
-                asked, without_room, unusable = counters.tolist()
+                # all that is to be known in one copy, because each waits for the device
+                found = torch.cat([counters, (state & 0xFFF).sum()[None], sums]).tolist()
+                asked, without_room, unusable, kept = found[:4]
                 if unusable:
                     raise self._not_finite(targets)
                 if not without_room:
@@ -218,9 +268,8 @@ class TritonPasses:
             finally:
                 self.forget()
             raise
-        self._kept = int((state & 0x3FFF).sum())
-        self._need = (self._kept + 2 * int(((state >> 14) & 0x3FFF).sum())) / elements
-        found = [value & 0xFFFFFFFF for value in sums.tolist()]
+        self._kept, self._need = kept, asked / elements
+        found = [value & 0xFFFFFFFF for value in found[4:]]
         self._sums = found if check or found == self._sums else []  # another base is checked anew at the next fold
         return found
 
@@ -229,7 +278,7 @@ class TritonPasses:
         assert self._state is not None
         tile = int((self._state == _NOT_FINITE).nonzero()[0])
         launch = next(one for one in reversed(self._launches) if one.first_tile <= tile)
-        return not_finite(targets[launch.sides[(tile - launch.first_tile) // launch.tiles].number])
+        return not_finite(targets[launch.sides[(tile - launch.first_tile) // launch.shape.tiles].number])
 
     def unfold(self, targets: Sequence[Target], meanwhile: Work = nothing) -> list[int]:
         """See `rlpatch.lora.fold.Passes`. After an error (out of memory) another call goes on where it was."""
@@ -256,7 +305,7 @@ class TritonPasses:
             return target.weight.clone()
         copy = torch.empty_like(target.weight)
         sums = torch.zeros(1, dtype=torch.int64, device=copy.device)
-        (alone,) = _launches([_Sides.of(0, target, copy)], launch.first_tile + position * launch.tiles)
+        (alone,) = _launches([_Sides.of(0, target, copy)], launch.first_tile + position * launch.shape.tiles)
         alone(_UNFOLD, _Desk([alone]), self._state, self._words, sums, sums, 0)
         return copy
 
@@ -271,7 +320,7 @@ class TritonPasses:
 
 
 def _launches(sides: list[_Sides], first_tile: int = 0) -> list[_Launch]:
-    by_shape: dict[tuple[Any, ...], list[_Sides]] = {}
+    by_shape: dict[_Shape, list[_Sides]] = {}
     for side in sides:
         by_shape.setdefault(side.shape(), []).append(side)
     ordered = [side for group in by_shape.values() for side in group]
@@ -280,14 +329,13 @@ def _launches(sides: list[_Sides], first_tile: int = 0) -> list[_Launch]:
     scales = torch.tensor([side.scale for side in ordered], dtype=torch.float32, device=device)
     found, at = [], 0
     for shape, group in by_shape.items():
-        rows, columns = group[0].weight.shape
-        tiles = -(-rows // BLOCK_ROWS) * -(-columns // BLOCK_COLUMNS)
-        step = max(1, min(1 << 15, _CHUNK // (4 * (rows + columns) * shape[-1])))  # a grid ends at 65535 weights
+        # a grid ends at 65535 weights
+        step = max(1, min(1 << 15, _CHUNK // (4 * (shape.rows + shape.columns) * shape.rank)))
         for start in range(0, len(group), step):
             part = tuple(group[start : start + step])
             mine = slice(at, at + len(part))
-            found.append(_Launch(part, shape, first_tile, tiles, table[mine], scales[mine]))
-            first_tile += tiles * len(part)
+            found.append(_Launch(part, shape, first_tile, table[mine], scales[mine]))
+            first_tile += shape.tiles * len(part)
             at += len(part)
     return found
 
