@@ -9,6 +9,7 @@ from typing import Any
 
 COLORS = {
     "sync": "#d62728",
+    "empty cache": "#7f7f7f",
     "put": "#ff7f0e",
     "restore": "#9467bd",
     "generate": "#1f77b4",

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-PHASES = ("sync", "put", "restore", "generate", "release", "take out", "rollout", "train")
+PHASES = ("sync", "empty cache", "put", "restore", "generate", "release", "take out", "rollout", "train")
 METRICS = {
     "loss": "loss",
     "reward": "reward",
@@ -237,6 +237,7 @@ class BenchRun:
             (policy_module.__name__, "FoldPolicy.put", self._as_phase("put")),
             (policy_module.__name__, "FoldPolicy.take_out", self._as_phase("take out")),
             (policy_module.__name__, "SlotPolicy.put", self._as_phase("put")),
+            ("torch.cuda", "empty_cache", self._empty_cache),
         ])  # fmt: skip
 
     @staticmethod
@@ -340,6 +341,13 @@ class BenchRun:
             outputs = wrapped(*args, **kwargs)
         self.tokens += sum(len(one.token_ids) for output in outputs for one in output.outputs)
         return outputs
+
+    def _empty_cache(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A phase of its own: where the KV cache's restore and TRL's own calls make room for what comes."""
+        if self.stage not in ("rollout", "train"):
+            return wrapped(*args, **kwargs)
+        with self.clock.phase("empty cache"):
+            return wrapped(*args, **kwargs)
 
     def _sleep(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if int(kwargs.get("level", args[0] if args else 1)) < 1:
