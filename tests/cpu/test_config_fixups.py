@@ -56,7 +56,8 @@ def test_better_defaults_once_listed(applied: Any, out: dict[str, Any], caplog: 
     assert batch(config) == (4, 2, 8) and config.generation_batch_size == 8 and config.vllm_mode == "colocate"
     assert config.optim == "adamw_torch_fused"  # on a CPU, bitsandbytes or not
     assert config.torch_empty_cache_steps == 250 and config.learning_rate == 1e-6
-    assert len(caplog.records) == 1 and "per_device_train_batch_size  8 → 4" in caplog.text
+    said = [record for record in caplog.records if record.name.startswith("rlpatch")]  # vLLM may warn, too
+    assert len(said) == 1 and "per_device_train_batch_size  8 → 4" in caplog.text
     (entry,) = rlpatch.status().configs
     assert entry.config == "GRPOConfig" and "GRPOConfig: " in str(rlpatch.status())
     assert rlpatch.status().as_dict()["configs"][0]["changes"][0]["why"]
