@@ -606,8 +606,16 @@ class Colocation:
         Args:
             instead: This adaptation of the base takes the place of the active adapters for once; one without targets is
                 the base itself.
+
+        Raises:
+            UsageError: `instead` is asked for inside of a rollout, whose policy is in place.
         """
         if self._rolling:  # the engine's generate inside of the trainer's
+            if instead is not None:
+                raise UsageError(
+                    "fast_generate(lora=…) was called inside of another rollout, whose policy is in place; call it when "
+                    "that has ended"
+                )
             yield
             return
         self._rolling, self._instead = True, instead

@@ -4,7 +4,8 @@ vLLM's pool maps an allocation with one handle, all or nothing. Its C extension 
 address, slot)`` creates `size` bytes, maps them at `address` and writes the driver's handle into the 8 bytes at `slot`, and
 ``unmap_and_release`` with the same arguments is the inverse (vLLM ``csrc/cumem_allocator.cpp``, the same on CUDA in every
 release). The addresses stay reserved for as long as the allocation lives, so any granules of it can be mapped, each run of
-them with a slot of ours. ROCm builds take a list of chunks instead of a slot; there it stays all or nothing.
+them with a slot of ours. When the allocation ends, the pool unmaps it by the handle in its own books, which it must have
+again by then (`give_back`). ROCm builds take a list of chunks instead of a slot; there it stays all or nothing.
 
 Pieces are mapped by the driver itself where that is possible: memory as the extension asks for it is slow to get (see
 `_driver`).
@@ -25,10 +26,12 @@ from typing import Any
 import torch
 
 from rlpatch.adapters.vllm._driver import Driver, Handle, driver
+from rlpatch.adapters.vllm._platform import on_cpu
 from rlpatch.engine import Engine
 from rlpatch.memory import Engine as PlannedEngine
 from rlpatch.memory import default_margin, from_config
 from rlpatch.memory.engine import activation_bytes
+from rlpatch.patching import Patch
 
 logger = logging.getLogger("rlpatch")
 
@@ -37,6 +40,10 @@ PIECE = 2 << 30  # bytes of one handle, at most
 _LEAST = 2  # blocks; block 0 is a placeholder
 _ACTIVATIONS = 1 << 30  # bytes, of an engine whose activations nobody knows
 _TRIES = 2
+
+# allocation's address -> what is mapped there that the pool's own handle does not stand for (None: nothing). Kept here and
+# not by an engine: when its KV cache is freed, whatever belonged to it may be gone.
+_taken: dict[int, Pieces | None] = {}
 
 Span = tuple[int, int]  # addresses, the second one beyond the end
 
@@ -260,7 +267,70 @@ def in_the_pools_handles(pieces: Pieces, allocations: list[Any]) -> Pieces:
     except RuntimeError:
         pieces.map()
         return pieces
+    _remember(allocations, own)
     return own
+
+
+def take_out(pieces: Pieces | None, allocations: list[Any]) -> None:
+    """Unmap `pieces` of the pool's `allocations`; whatever uses them has been waited for."""
+    if pieces is not None:
+        pieces.unmap()
+    _remember(allocations, None)
+
+
+def _remember(allocations: list[Any], pieces: Pieces | None) -> None:
+    own = pieces is not None and pieces.same_handles(Pieces.of_pool(allocations, mapped=False))
+    for data in allocations:
+        if own:
+            _taken.pop(data.handle[2], None)
+        else:
+            _taken[data.handle[2]] = pieces
+
+
+def give_back(handle: Handle) -> None:
+    """Before the pool frees the allocation with that handle: map it as the pool believes it to be.
+
+    Raises:
+        RuntimeError: the driver's error; there was no room for it.
+    """
+    from vllm.device_allocator import cumem
+
+    device, _, address, slot = handle
+    if address not in _taken:
+        return
+    pieces = _taken.pop(address)
+    if pieces is not None:  # all of them: the whole KV cache ends, and each allocation may need the room of others
+        if torch.cuda.is_available():
+            torch.cuda.synchronize(device)
+        pieces.unmap()
+        _taken.update((base, None) for base, other in list(_taken.items()) if other is pieces)
+    if isinstance(slot, int):  # ROCm: the pool itself knows that nothing is mapped
+        cumem.create_and_map(handle)
+
+
+def _freed(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    data = instance.pointer_to_data.get(args[0] if args else kwargs["ptr"])
+    if data is not None:
+        try:
+            give_back(data.handle)
+        except Exception as error:
+            logger.warning(
+                "rlpatch: an engine ended while its KV cache was released, and there is no room to map it again (%s): "
+                "vLLM's allocator will report an error now, and may report it once more as out of memory when the next "
+                "engine is built; LLM.wake_up() before the engine ends avoids that",
+                error,
+            )
+    return wrapped(*args, **kwargs)
+
+
+def patches() -> list[Patch]:
+    """Around the pool's callback for what is freed: an engine may end while its KV cache is out."""
+    if on_cpu():
+        return []
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    name = next(n for n in ("_python_free_callback", "python_free_callback") if n in vars(CuMemAllocator))
+    return [Patch("vllm.device_allocator.cumem", f"CuMemAllocator.{name}", _freed)]
 
 
 def map_what_fits(engine: Engine, allocations: list[Any]) -> Pieces:
@@ -269,6 +339,12 @@ def map_what_fits(engine: Engine, allocations: list[Any]) -> Pieces:
     Raises:
         RuntimeError: there is no room, see `map_prefix`; nothing is mapped then.
     """
+    pieces = _map_what_fits(engine, allocations)
+    _remember(allocations, pieces)
+    return pieces
+
+
+def _map_what_fits(engine: Engine, allocations: list[Any]) -> Pieces:
     cause: RuntimeError | None = None
     if memory(engine.device)[0] >= size_of(allocations) or _whole_only(engine, allocations) is not None:
         # a KV connector has registered each allocation as one

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlpatch.adapters.vllm._pieces import GRANULE, Pieces, Span, in_the_pools_handles, map_what_fits
+from rlpatch.adapters.vllm._pieces import GRANULE, Pieces, Span, in_the_pools_handles, map_what_fits, take_out
 from rlpatch.engine import Engine, synchronize
 from rlpatch.errors import StandbyError
 from rlpatch.standby import ResizedStorages, make_room
@@ -52,7 +52,7 @@ class PoolAllocations:
     def free(self) -> None:
         """Unmap; whatever uses the KV cache has been waited for."""
         if self._pieces is not None:
-            self._pieces.unmap()
+            take_out(self._pieces, self._allocations)
             self._pieces = None
             mark(self._allocations, True)
 

@@ -65,8 +65,14 @@ PAUSED = (
     Relies(f"{_CORE}.pause_scheduler", fingerprints=("e15f7a66297a", "82531c12644b")),
 )
 
-# `_pieces`: on CUDA, a restore that the device has no room for
+# `_pieces`: on CUDA, a restore that the device has no room for, and an engine that ends while its KV cache is out
 IN_PART = (
+    Relies(
+        "vllm.device_allocator.cumem:CuMemAllocator._python_free_callback",
+        positional=("ptr",),
+        contains=("self.pointer_to_data.pop(ptr)",),
+        otherwise=(Relies("vllm.device_allocator.cumem:CuMemAllocator.python_free_callback", positional=("ptr",)),),
+    ),
     Relies("vllm.device_allocator.cumem:create_and_map", fingerprints=("f528aa7653c5",)),
     Relies("vllm.device_allocator.cumem:unmap_and_release", fingerprints=("0c582300268b",)),
     Relies("vllm.v1.core.sched.scheduler:Scheduler.kv_cache_config"),

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlpatch.adapters.vllm._reach import AT_REST, IN_PART, PAUSED
-from rlpatch.registry import Adapter
+from rlpatch.patching import Patch
+from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ class PausedStandby:
         return self.memory.resident_bytes()
 
 
+def _patches(context: Context) -> list[Patch]:
+    from rlpatch.adapters.vllm._pieces import patches
+
+    return patches()
+
+
 def _probe() -> str | None:
     import inspect
 
@@ -81,6 +88,7 @@ ADAPTER = Adapter(
     probe=_probe,
     relevant=_relevant,
     provides=PausedStandby,
+    patches=_patches,
     relies_on=(
         *AT_REST,
         *PAUSED,

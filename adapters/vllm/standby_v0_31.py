@@ -61,7 +61,9 @@ class NativeStandby:
             front.wake_up(tags=["kv_cache" if asleep else "scheduling"])  # else the next generation never ends
             raise
         if self._pieces is not None:
-            self._pieces.unmap()
+            from rlpatch.adapters.vllm._pieces import take_out
+
+            take_out(self._pieces, self._allocations)
             self._pieces = None
 
     def restore(self) -> int | None:
@@ -80,8 +82,10 @@ class NativeStandby:
             self.engine.llm.llm_engine.wake_up(tags=["kv_cache"])
         except BaseException:
             if self._pieces is not None and "kv_cache" in self.engine.core.model_executor.sleeping_tags:
+                from rlpatch.adapters.vllm._pieces import take_out
+
                 mark(self._allocations, True)
-                self._pieces.unmap()
+                take_out(self._pieces, self._allocations)
                 self._pieces = None
             raise
         return self._pieces.blocks if self._pieces is not None else None
@@ -102,7 +106,9 @@ class NativeStandby:
 
 def _patches(context: Context) -> list[Patch]:
     if not on_cpu():
-        return []
+        from rlpatch.adapters.vllm._pieces import patches
+
+        return patches()
     from rlpatch import phases
     from rlpatch.standby import ResizedStorages
 

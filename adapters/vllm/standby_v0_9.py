@@ -87,7 +87,9 @@ def _step(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _patches(context: Context) -> list[Patch]:
-    return [Patch("vllm.v1.engine.llm_engine", "LLMEngine.step", _step)]
+    from rlpatch.adapters.vllm._pieces import patches
+
+    return [Patch("vllm.v1.engine.llm_engine", "LLMEngine.step", _step), *patches()]
 
 
 def _probe() -> str | None:

@@ -279,6 +279,8 @@ def test_saved_and_loaded_adapters(load: Any, lora: str, tmp_path: Path, tiny_mo
     active = fast(model)
     assert fast(model, lora=handle) == mine != active
     assert fast(model, lora_request=foreign) == greedy(theirs)
+    with phases.of_trainer(model).rollout(), pytest.raises(UsageError, match="inside of another rollout"):
+        fast(model, lora=handle)
     assert fast(model) == active == greedy(model)
     shutil.rmtree(folder)
     assert fast(model, lora=handle) == mine, "a handle keeps what was read"

@@ -291,6 +291,44 @@ def test_the_pool_can_let_go_of_what_is_handed_over(rig: Rig, monkeypatch: pytes
     assert not rig.driver.mapped
 
 
+def end(rig: Rig) -> None:
+    """What the C extension does when the pool's allocations are freed: it asks the callback for the handle, and unmaps."""
+    pool = SimpleNamespace(pointer_to_data=rig.data)
+
+    def free_callback(address: int) -> Any:
+        return rig.data.pop(address).handle
+
+    for address in list(rig.data):
+        handle = _pieces._freed(free_callback, pool, (address,), {})
+        rig.driver.unmap_and_release(*handle)
+
+
+@pytest.mark.parametrize("state", ["as made", "out", "back", "in part", "handed over"])
+def test_an_engine_may_end_at_any_time(rig: Rig, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    """Its pool unmaps by the handles in its own books, whatever is mapped; nothing stays behind."""
+    monkeypatch.setattr(_pieces, "PIECE", 5 * GRANULE)
+    if state != "as made":
+        rig.memory.free()
+    if state == "in part":
+        rig.driver.taken = rig.total // 2
+    if state in ("back", "in part", "handed over"):
+        rig.memory.back()
+    if state == "handed over":
+        rig.memory.hand_over()
+    others = [data.handle[2] for data in rig.data.values()]
+    del rig.memory  # an engine's parts go in any order
+    end(rig)
+    assert not rig.driver.mapped and not set(others) & set(_pieces._taken)
+
+
+def test_an_engine_ends_where_its_kv_cache_has_no_room(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.memory.free()
+    rig.driver.taken = rig.driver.capacity
+    with pytest.raises(KeyError):  # the driver's own complaint
+        end(rig)
+    assert "an engine ended while its KV cache was released" in caplog.text
+
+
 def test_chunked_handles_come_as_they_are(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """ROCm builds; a piece of ours would have no chunks."""
     rig.memory.free()

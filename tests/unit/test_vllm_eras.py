@@ -539,7 +539,9 @@ def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
 
     tensors = [tensor(address, size) for address, size in KV.items()]
     tensors.append(tensor(0x5000_0000_0000, 4 * GRANULE))  # a layer's cache that does not fill its allocation
-    config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=2))  # so it comes back as a whole or not at all
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(world_size=2), kv_transfer_config=None
+    )  # so it comes back as a whole or not at all
     engine = SimpleNamespace(
         device=torch.device("cuda"),
         kv_tensors=lambda: tensors,
@@ -573,6 +575,25 @@ def test_cycles_on_the_released_allocator_map_each_kv_allocation_once_and_leave_
     assert not pool.driver.mapped
     pool.allocator.wake_up()
     assert pool.driver.mapped == everything
+
+
+@pytest.mark.parametrize("pool", POOLS, indirect=True)
+def test_the_released_allocator_frees_a_kv_cache_that_is_out(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlpatch.adapters.vllm import _pieces
+    from rlpatch.adapters.vllm._pool import PoolAllocations
+    from rlpatch.patching import PatchSet
+
+    monkeypatch.setattr(_pieces, "on_cpu", lambda: False)
+    PoolAllocations(pool.engine).free()
+    patches = PatchSet("end", _pieces.patches())
+    patches.apply()
+    try:
+        for address in KV:  # what the C extension does
+            callback = getattr(pool.allocator, "_python_free_callback", None) or pool.allocator.python_free_callback
+            pool.driver.unmap_and_release(*callback(address))
+    finally:
+        patches.revert()
+    assert pool.driver.mapped == {*WEIGHTS, *SIBLINGS} and not set(KV) & set(pool.allocator.pointer_to_data)
 
 
 @pytest.mark.parametrize("pool", POOLS, indirect=True)
