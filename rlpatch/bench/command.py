@@ -92,7 +92,15 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--sweep-start", type=int, metavar="N", help="first length tried (default: one step)")
     sweep.add_argument("--sweep-max", type=int, default=131072, metavar="N", help="tokens (default 131072)")
     sweep.add_argument("--sweep-seconds", type=float, default=1800, metavar="S", help="per variant (default 1800)")
-    sweep.add_argument("--sweep-utilization", default="0.3,0.5,0.7,0.9", metavar="U,V", help="tried for each variant")
+    sweep.add_argument(
+        "--sweep-utilization",
+        default="0.3,0.5,0.7,0.9",
+        metavar="U,V",
+        help="tried for each variant of TRL; rlpatch plans",
+    )
+    sweep.add_argument(
+        "--sweep-rollout", type=int, metavar="N", help="generate N tokens and repeat them (default: the whole length)"
+    )
 
     output = made.add_argument_group("output")
     output.add_argument("--out", default="bench/results", metavar="DIR")
@@ -124,9 +132,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         made.error("--variants: each once; --repeat runs them again")
     for option, least in {
         "completions": 2, "prompt-tokens": 1, "completion-tokens": 1, "steps": 1, "warmup": 0, "repeat": 1, "lora": 0,
-        "sweep-step": 1, "sweep-max": 1,
+        "sweep-step": 1, "sweep-max": 1, "sweep-rollout": 1,
     }.items():  # fmt: skip
-        if getattr(options, option.replace("-", "_")) < least:
+        value = getattr(options, option.replace("-", "_"))
+        if value is not None and value < least:
             refuse(option, f"at least {least}")
     for option in ("kv-gib", "emulate-gib", "sweep-seconds", "timeout", "learning-rate"):
         value = getattr(options, option.replace("-", "_"))
@@ -335,6 +344,7 @@ def _sweep(options: argparse.Namespace, job: BenchJob, runner: Runner, document:
         "step": options.sweep_step,
         "most": options.sweep_max,
         "seconds": options.sweep_seconds,
+        "rollout": options.sweep_rollout,
         "variants": {},
     }
     for name in options.variants:
@@ -349,13 +359,16 @@ def _sweep_variant(options: argparse.Namespace, job: BenchJob, runner: Runner, n
     found: dict[str, Any] = {"best": 0, "utilization": None, "kv": None, "complete": True, "attempts": []}
     found["skipped"] = None
     chosen = [job.utilization] if job.kv_bytes else options.sweep_utilization
+    if not job.kv_bytes and VARIANTS[name].apply is not None:
+        chosen = [0.0]  # left alone: the memory plan decides
     for utilization in chosen:
 
         def trial(tokens: int, utilization: float = utilization) -> Attempt:
             title = f"{name}: {tokens} tokens at {utilization:g}"
             changes: dict[str, Any] = dict(
-                variant=name, completion_tokens=tokens, utilization=utilization, steps=2, warmup=0
-            )
+                variant=name, completion_tokens=tokens, utilization=utilization, steps=2, warmup=0,
+                rollout_tokens=options.sweep_rollout,
+            )  # fmt: skip
             run = runner.run(
                 replace(job, **changes), title, timeout=max(1.0, min(runner.timeout, deadline - time.monotonic()))
             )
@@ -369,6 +382,8 @@ def _sweep_variant(options: argparse.Namespace, job: BenchJob, runner: Runner, n
                 "kv": result["kv"],
                 "step_seconds": [row["seconds"]["step"] for row in result["steps"]],
                 "peak": result["memory"]["peak"],
+                "generated": [row["tokens"] for row in result["steps"]],
+                "trained": [row["metrics"].get("completion_length") for row in result["steps"]],
             }
             return Attempt(tokens, True, "", detail)
 

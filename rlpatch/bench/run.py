@@ -19,6 +19,7 @@ fold, release beside the unfold): ``--no-phase-sync`` shows whole steps as they 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -34,6 +35,7 @@ METRICS = {
     "loss": "loss",
     "reward": "reward",
     "grad_norm": "grad_norm",
+    "completion_length": "completions/mean_length",
     "logp_difference": "sampling/sampling_logp_difference/mean",
 }
 OUT_OF_MEMORY = (
@@ -89,6 +91,8 @@ class BenchJob:
         micro_batch: Completions per forward pass; gradients are accumulated over the rest.
         prompt_tokens: Tokens of each prompt.
         completion_tokens: Tokens of every completion (the end-of-sequence token is ignored).
+        rollout_tokens: So many of them are generated, and repeated up to that number (for how much memory training
+            takes; the engine's does not depend on the length); None: all.
         utilization: vLLM's gpu_memory_utilization; 0: left alone.
         kv_bytes: Size of the KV cache in bytes, or None: what `utilization` gives.
         eager: No CUDA graphs, no torch.compile.
@@ -114,6 +118,7 @@ class BenchJob:
     micro_batch: int = 8
     prompt_tokens: int = 64
     completion_tokens: int = 256
+    rollout_tokens: int | None = None
     utilization: float = 0.5
     kv_bytes: int | None = None
     eager: bool = False
@@ -126,6 +131,12 @@ class BenchJob:
     interval: float = 0.01
     check_base: bool = False
     output: str | None = None
+
+
+def _repeated(items: Any, length: int) -> list[Any]:
+    """The first `length` of `items` one after the other, again and again; those that are longer as they are."""
+    found = list(items)
+    return found if len(found) >= length else list(itertools.islice(itertools.cycle(found), length))
 
 
 class Skipped(Exception):
@@ -337,9 +348,17 @@ class BenchRun:
         return result
 
     def _generate(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        most, least = self.job.completion_tokens, self.job.rollout_tokens
+        if least is not None and least < most:
+            args, kwargs = args[:1], {**kwargs, "sampling_params": (args[1:] or [kwargs["sampling_params"]])[0].clone()}
+            kwargs["sampling_params"].max_tokens = least
         with self.clock.phase("generate"):
             outputs = wrapped(*args, **kwargs)
-        self.tokens += sum(len(one.token_ids) for output in outputs for one in output.outputs)
+        ends = [one for output in outputs for one in output.outputs]
+        self.tokens += sum(len(one.token_ids) for one in ends)
+        for one in ends:
+            one.token_ids = _repeated(one.token_ids, most)
+            one.logprobs = _repeated(one.logprobs, most) if one.logprobs else one.logprobs
         return outputs
 
     def _empty_cache(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -87,8 +87,7 @@ class _Shape(NamedTuple):
         return self.grid[0] * self.grid[1]
 
 
-@dataclass(frozen=True)
-class _Sides:
+class _Sides(NamedTuple):
     """One weight as the kernel sees it: the faster dimension last, one low-rank product."""
 
     number: int
@@ -105,6 +104,12 @@ class _Sides:
         if abs(weight.stride(1)) > abs(weight.stride(0)):
             weight, into, left, right = weight.T, into.T, right.T, left.T
         return cls(number, weight, into, left, right, scale)
+
+    def kind(self) -> tuple[Any, ...]:
+        """What `shape` depends on; it is asked for every weight before the device has anything to do."""
+        weight, into = self.weight, self.into
+        places = weight.data_ptr() % 16, into.data_ptr() % 16
+        return weight.dtype, weight.shape, weight.stride(), into.stride(), places, self.left.shape[1]
 
     def shape(self) -> _Shape:
         """What weights of one launch have in common."""
@@ -320,15 +325,16 @@ class TritonPasses:
 
 
 def _launches(sides: list[_Sides], first_tile: int = 0) -> list[_Launch]:
-    by_shape: dict[_Shape, list[_Sides]] = {}
+    alike: dict[tuple[Any, ...], list[_Sides]] = {}
     for side in sides:
-        by_shape.setdefault(side.shape(), []).append(side)
-    ordered = [side for group in by_shape.values() for side in group]
+        alike.setdefault(side.kind(), []).append(side)
+    ordered = [side for group in alike.values() for side in group]
     device = sides[0].weight.device
     table = torch.tensor([side.row() for side in ordered], dtype=torch.int64, device=device)
     scales = torch.tensor([side.scale for side in ordered], dtype=torch.float32, device=device)
     found, at = [], 0
-    for shape, group in by_shape.items():
+    for group in alike.values():
+        shape = group[0].shape()
         # a grid ends at 65535 weights
         step = max(1, min(1 << 15, _CHUNK // (4 * (shape.rows + shape.columns) * shape.rank)))
         for start in range(0, len(group), step):

@@ -50,3 +50,18 @@ def test_bench_on_the_tiny_shape(tmp_path: Path) -> None:
     # 128 MiB of KV cache come and go; blocks under 32 MiB glibc may keep to itself
     by_phase = summary["memory"]["by_phase"]
     assert by_phase["generate"]["max"] - by_phase["train"]["min"] > 64 << 20
+
+
+def test_a_sweep_that_generates_less_than_it_trains(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "rlpatch", "bench", "--shape", "tiny", "--variants", "rlpatch", "--completions", "2",
+        "--prompt-tokens", "8", "--kv-gib", "0.125", "--eager", "--models", str(tmp_path / "models"), "--out",
+        str(tmp_path), "--name", "sweep", "--sweep-context", "--sweep-step", "64", "--sweep-max", "64",
+        "--sweep-rollout", "6",
+    ]  # fmt: skip
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    found = json.loads((tmp_path / "sweep.json").read_text())["sweep"]
+    (attempt,) = found["variants"]["rlpatch"]["attempts"]
+    assert found["rollout"] == 6 and found["variants"]["rlpatch"]["best"] == 64
+    assert attempt["detail"]["generated"] == [2 * 6] * 2 and attempt["detail"]["trained"] == [64.0] * 2

@@ -35,6 +35,7 @@ GIB = 2**30
         (["--sweep-utilization", "0.3,x"], "--sweep-utilization"),
         (["--sweep-max", "100"], "--sweep-max 100: less than --sweep-step 512"),
         (["--sweep-start", "100"], "--sweep-start 100: between"),
+        (["--sweep-rollout", "0"], "--sweep-rollout 0: at least 1"),
         (["--model", "/nowhere"], "--model /nowhere: no such checkpoint folder"),
         (["--shape", "9b"], "invalid choice"),
         (["--name", "a/b"], "--name a/b: a file name without folders"),
