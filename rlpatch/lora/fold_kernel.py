@@ -6,10 +6,10 @@ terms (an error of 2^-16 where the sum is rounded to 2^-8 or 2^-11), weights of 
 unfold are the same kernel, compiled without contraction of multiply and add, so that both make the same delta, bit for
 bit.
 
-The kernel works on words of 32 bits, which hold two elements of 16: its limit is arithmetic on integers, not memory. A
-word that the round trip does not restore costs 2 bytes: its place in the tile (11 bits), which element differs (1), and a
-code (4) for the difference of the bits, from -7 to 8; another difference, or two, take 4 bytes more. Tiles reserve room
-with an atomic counter; a tile that finds none leaves its weights alone, and the launch is repeated with more room.
+The kernel works on words of 32 bits, which hold two elements of 16: half the arithmetic on integers. A word that the
+round trip does not restore costs 2 bytes: its place in the tile (11 bits), which element differs (1), and a code (4) for
+the difference of the bits, from -7 to 8; another difference, or two, take 4 bytes more. Tiles reserve room with an atomic
+counter; a tile that finds none leaves its weights alone, and the launch is repeated with more room.
 """
 
 from __future__ import annotations
