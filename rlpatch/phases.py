@@ -594,7 +594,7 @@ class Colocation:
         self._forget_prefixes()
 
     def _forget_prefixes(self) -> None:
-        """Unless that happened when the KV cache went: vLLM goes through all blocks of it (1 ms for 40 GiB)."""
+        """Unless that happened when the KV cache went: vLLM goes through all of its blocks (0.7 ms for 18,000)."""
         assert self.engine is not None
         if self.standby is None or not self.standby.released:
             self.engine.llm.reset_prefix_cache()
