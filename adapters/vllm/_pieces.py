@@ -271,6 +271,13 @@ def in_the_pools_handles(pieces: Pieces, allocations: list[Any]) -> Pieces:
     return own
 
 
+def as_made(allocations: list[Any]) -> Pieces:
+    """The pool's `allocations`, mapped as the pool has just done it."""
+    pieces = Pieces.of_pool(allocations, mapped=True)
+    _remember(allocations, pieces)
+    return pieces
+
+
 def take_out(pieces: Pieces | None, allocations: list[Any]) -> None:
     """Unmap `pieces` of the pool's `allocations`; whatever uses them has been waited for."""
     if pieces is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlpatch.adapters.vllm._pieces import GRANULE, Pieces, Span, in_the_pools_handles, map_what_fits, take_out
+from rlpatch.adapters.vllm._pieces import GRANULE, Pieces, Span, as_made, in_the_pools_handles, map_what_fits, take_out
 from rlpatch.engine import Engine, synchronize
 from rlpatch.errors import StandbyError
 from rlpatch.standby import ResizedStorages, make_room
@@ -28,7 +28,7 @@ class PoolAllocations:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._allocations = self._find()
-        self._pieces: Pieces | None = Pieces.of_pool(self._allocations, mapped=True)
+        self._pieces: Pieces | None = as_made(self._allocations)
 
     def _find(self) -> list[Any]:
         from vllm.device_allocator.cumem import CuMemAllocator

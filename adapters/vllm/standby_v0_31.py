@@ -40,11 +40,11 @@ class NativeStandby:
         if engine.device.type == "cuda":
             from vllm.device_allocator.cumem import CuMemAllocator
 
-            from rlpatch.adapters.vllm._pieces import Pieces
+            from rlpatch.adapters.vllm._pieces import as_made
 
             found = CuMemAllocator.get_instance().pointer_to_data.values()
             self._allocations = [data for data in found if data.tag == "kv_cache"]
-            self._pieces = Pieces.of_pool(self._allocations, mapped=True)
+            self._pieces = as_made(self._allocations)
 
     def release(self) -> None:
         """Pause, then discard the ``kv_cache`` tag."""

@@ -417,7 +417,14 @@ def sweep_table(document: dict[str, Any]) -> str:
     rows = [
         ["longest completion, tokens", *(str(f["best"]) if not f["skipped"] else "skipped" for f in found.values())]
     ]
-    rows.append(["at utilization", *(_number(f["utilization"], "g") for f in found.values())])
+    rows.append(
+        [
+            "at utilization",
+            *(_number(f["utilization"], "g") if f["utilization"] != 0 else "plan" for f in found.values()),
+        ]
+    )
+    if document["sweep"].get("rollout"):
+        rows.append(["tokens generated, then repeated", *(str(document["sweep"]["rollout"]) for _ in found)])
     rows.append(["KV tokens there", *(_number((f["kv"] or {}).get("tokens"), ",d") for f in found.values())])
     rows.append(["trials", *(str(len(f["attempts"])) for f in found.values())])
     rows.append(["search finished", *("yes" if f["complete"] else "no" for f in found.values())])

@@ -134,9 +134,8 @@ class BenchJob:
 
 
 def _repeated(items: Any, length: int) -> list[Any]:
-    """The first `length` of `items` one after the other, again and again; those that are longer as they are."""
-    found = list(items)
-    return found if len(found) >= length else list(itertools.islice(itertools.cycle(found), length))
+    """`length` items: `items` one after the other, again and again."""
+    return list(itertools.islice(itertools.cycle(items), length))
 
 
 class Skipped(Exception):
@@ -348,15 +347,18 @@ class BenchRun:
         return result
 
     def _generate(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        most, least = self.job.completion_tokens, self.job.rollout_tokens
-        if least is not None and least < most:
-            args, kwargs = args[:1], {**kwargs, "sampling_params": (args[1:] or [kwargs["sampling_params"]])[0].clone()}
-            kwargs["sampling_params"].max_tokens = least
+        most = self.job.completion_tokens
+        short = self.job.rollout_tokens if self.job.rollout_tokens is not None else most
+        if short < most:
+            prompts, params, *others = *args, *([kwargs.pop("sampling_params")] if len(args) == 1 else [])
+            params = params.clone()
+            params.max_tokens = short
+            args = (prompts, params, *others)
         with self.clock.phase("generate"):
             outputs = wrapped(*args, **kwargs)
         ends = [one for output in outputs for one in output.outputs]
         self.tokens += sum(len(one.token_ids) for one in ends)
-        for one in ends:
+        for one in ends if short < most else ():
             one.token_ids = _repeated(one.token_ids, most)
             one.logprobs = _repeated(one.logprobs, most) if one.logprobs else one.logprobs
         return outputs

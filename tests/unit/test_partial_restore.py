@@ -321,6 +321,14 @@ def test_an_engine_may_end_at_any_time(rig: Rig, monkeypatch: pytest.MonkeyPatch
     assert not rig.driver.mapped and not set(others) & set(_pieces._taken)
 
 
+def test_an_address_that_an_earlier_engine_had(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """Its allocation may have been freed while nothing was patched."""
+    _pieces._taken.update(dict.fromkeys(rig.data))
+    rig.memory = _pool.PoolAllocations(rig.engine)
+    end(rig)
+    assert not rig.driver.mapped and not caplog.records, "mapped twice"
+
+
 def test_an_engine_ends_where_its_kv_cache_has_no_room(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     rig.memory.free()
     rig.driver.taken = rig.driver.capacity
