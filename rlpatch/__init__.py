@@ -31,6 +31,7 @@ def apply(
     precision: str | None = None,
     compile: str | None = None,
     memory_plan: bool | int | str | None = None,
+    one_forward: bool | None = None,
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str | None = None,
     strict: bool | None = None,
@@ -61,6 +62,8 @@ def apply(
             not fit is an error before the engine is built. False: TRL's utilization. A size, ``"40GiB"`` or a number of
             bytes: trainer and engine take no more of the device than that. None: ``RLPATCH_MEMORY_PLAN`` (yes, no, or a
             size), then True.
+        one_forward: GRPO's loss takes the log-probs that scoring computed from the same weights instead of a second forward
+            pass, where each completion is used for one step. None: ``RLPATCH_ONE_FORWARD``, then True.
         include: Only these capabilities (names as in `status`). None: ``RLPATCH_INCLUDE`` (comma-separated), then all.
         exclude: Never these. None: ``RLPATCH_EXCLUDE``.
         strict: Releases that no adapter serves are an error. None: ``RLPATCH_STRICT``, then False (a warning).
@@ -82,6 +85,7 @@ def apply(
         precision=precision,
         compile=compile,
         memory_plan=memory_plan,
+        one_forward=one_forward,
         include=include,
         exclude=exclude,
         strict=strict,

@@ -306,6 +306,7 @@ def patched(**settings: Any) -> Iterator[Report]:
             "precision",
             "compile",
             "memory_plan",
+            "one_forward",
             "include",
             "exclude",
             "strict",

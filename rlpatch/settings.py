@@ -29,6 +29,7 @@ class Settings:
         compile: A compile profile, or compile settings with commas between (see `rlpatch.compilation.profiles`).
         memory_plan: A plan sizes the KV cache where the user left vLLM's utilization alone; a number of bytes is the most
             that it may count on.
+        one_forward: The loss takes the log-probs that scoring computed, where both are of the same weights.
         include: Only these capabilities, or None for all.
         exclude: Never these capabilities.
         strict: An unsupported release is an error instead of a warning.
@@ -42,6 +43,7 @@ class Settings:
     precision: str = "auto"
     compile: str = "default"
     memory_plan: bool | int = True
+    one_forward: bool = True
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -55,7 +57,7 @@ class Settings:
         switches = {
             "standby": self.standby, "share_weights": self.share_weights, "defaults": bool(self.defaults),
             "precision": narrow, "master_weights": narrow, "compile": self.compile != "default",
-            "memory_plan": bool(self.memory_plan),
+            "memory_plan": bool(self.memory_plan), "one_forward": self.one_forward,
         }  # fmt: skip
         return switches.get(capability, True)
 
@@ -83,6 +85,7 @@ def resolve(
     precision: str | None = None,
     compile: str | None = None,
     memory_plan: bool | int | str | None = None,
+    one_forward: bool | None = None,
     include: Iterable[str] | str | None,
     exclude: Iterable[str] | str | None,
     strict: bool | None,
@@ -191,6 +194,7 @@ def resolve(
         precision=one_of("precision", precision, PRECISIONS),
         compile=compile_settings(compile),
         memory_plan=size_or_flag("memory_plan", memory_plan),
+        one_forward=flag("one_forward", one_forward, True),
         include=included,
         exclude=excluded,
         strict=flag("strict", strict, False),

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpatch.bench import shapes
-from rlpatch.bench.run import PHASES, VARIANTS, BenchJob, is_out_of_memory
+from rlpatch.bench.run import PHASES, VARIANTS, BenchJob, is_out_of_memory, variant_of
 
 SCHEMA = 1
 LOG_LINES = 60
@@ -51,8 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "--models", metavar="DIR", help="where --shape keeps checkpoints (default ~/.cache/rlpatch/models)"
     )
     what.add_argument("--variants", metavar="A,B", help="; ".join(
-        f"{name}: {variant.text}" for name, variant in VARIANTS.items()
-    ) + " (default: trl,trl-sleep,rlpatch; with --lora both ways of rlpatch to bring it)")  # fmt: skip
+        f"{name}: {one.text}" for name, one in VARIANTS.items()
+    ) + "; settings of rlpatch's behind one, as in rlpatch:one_forward=no (default: trl,trl-sleep,rlpatch; with --lora "
+    "both ways of rlpatch to bring it)")  # fmt: skip
     what.add_argument(
         "--precision", choices=("object", "script"), default="object",
         help="object: the trainer gets a bf16 model object; script: the path, which TRL loads in fp32",
@@ -122,10 +123,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         name for name, v in VARIANTS.items() if not v.lora
     )  # fmt: skip
     options.variants = split(options.variants) if options.variants is not None else list(usual)
-    unknown = [name for name in options.variants if name not in VARIANTS]
-    if unknown or not options.variants:
-        made.error(f"--variants: unknown {', '.join(map(repr, unknown)) or 'empty'}; known are {', '.join(VARIANTS)}")
-    without = [name for name in options.variants if VARIANTS[name].lora and not options.lora]
+    if not options.variants:
+        made.error(f"--variants: none; known are {', '.join(VARIANTS)}")
+    try:
+        without = [name for name in options.variants if variant_of(name).lora and not options.lora]
+    except ValueError as error:
+        made.error(f"--variants: {error}")
     if without:
         made.error(f"--variants {without[0]}: only with --lora R")
     if len(set(options.variants)) < len(options.variants):
@@ -359,7 +362,7 @@ def _sweep_variant(options: argparse.Namespace, job: BenchJob, runner: Runner, n
     found: dict[str, Any] = {"best": 0, "utilization": None, "kv": None, "complete": True, "attempts": []}
     found["skipped"] = None
     chosen = [job.utilization] if job.kv_bytes else options.sweep_utilization
-    if not job.kv_bytes and VARIANTS[name].apply is not None:
+    if not job.kv_bytes and variant_of(name).apply is not None:
         chosen = [0.0]  # left alone: the memory plan decides
     for utilization in chosen:
 
@@ -634,7 +637,7 @@ class Runner:
         """``{"result": …}``, ``{"skipped": reason}`` or ``{"error": {text, stage, phase, out_of_memory}, "log": […]}``,
         each with ``seconds``."""
         self.count += 1
-        log = self.logs / f"{self.count:02d}-{job.variant}.log"
+        log = self.logs / f"{self.count:02d}-{job.variant.replace(':', '-')}.log"
         outcome: dict[str, Any] = {}
         stage = "import"
         start = time.monotonic()

@@ -26,9 +26,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from rlpatch.settings import Settings
 
 PHASES = ("sync", "empty cache", "put", "restore", "generate", "release", "take out", "rollout", "train")
 METRICS = {
@@ -59,6 +61,7 @@ class Variant:
         sleep: Needs vLLM's sleep mode; skipped where the platform has none.
         lora: Only means something with a LoRA.
         text: For ``--help``.
+        environment: rlpatch's own variables.
     """
 
     apply: dict[str, Any] | None = None
@@ -66,6 +69,7 @@ class Variant:
     sleep: bool = False
     lora: bool = False
     text: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 VARIANTS = {
@@ -77,12 +81,34 @@ VARIANTS = {
 }
 
 
+def variant_of(name: str) -> Variant:
+    """One of `VARIANTS`, or one of rlpatch's with settings of its own: ``rlpatch:one_forward=no:compile=fast-start``.
+
+    Raises:
+        ValueError: there is no such variant or setting.
+    """
+    base, *changes = name.split(":")
+    if base not in VARIANTS:
+        raise ValueError(f"unknown {base!r}; known are {', '.join(VARIANTS)}")
+    found = VARIANTS[base]
+    if not changes:
+        return found
+    if found.apply is None:
+        raise ValueError(f"{name!r}: settings are for rlpatch's variants")
+    pairs = dict(change.partition("=")[::2] for change in changes)
+    known = {setting.name for setting in fields(Settings)}
+    for setting, value in pairs.items():
+        if setting not in known or not value:
+            raise ValueError(f"{name!r}: {setting}={value} is no setting; known are {', '.join(sorted(known))}")
+    return replace(found, environment={f"RLPATCH_{key.upper()}": value for key, value in pairs.items()})
+
+
 @dataclass
 class BenchJob:
     """What one process measures.
 
     Attributes:
-        variant: Key of `VARIANTS`.
+        variant: See `variant_of`.
         model: Checkpoint folder.
         precision: ``"object"``: a bf16 model object (fp32 on CPU); ``"script"``: the path, as plain scripts give it.
         steps: Optimizer steps.
@@ -151,7 +177,7 @@ class BenchRun:
         from rlpatch.bench.memory_watch import Clock, MemoryWatch
 
         self.job, self.emit = job, emit
-        self.variant = VARIANTS[job.variant]
+        self.variant = variant_of(job.variant)
         self.cuda = torch.cuda.is_available()
         self.synchronize = torch.cuda.synchronize if self.cuda else lambda: None
         self.clock = Clock(self.synchronize if job.phase_sync else lambda: None)
@@ -225,6 +251,7 @@ class BenchRun:
             (loader, "BaseModelLoader.load_model", self._load),
         ])  # fmt: skip
         if self.variant.apply is not None:
+            os.environ.update(self.variant.environment)
             rlpatch.apply(**{"defaults": False, **self.variant.apply})  # the other variants have TRL's
         elif not cuda:  # plain TRL cannot push weights into the packed ones of vLLM's CPU backend
             rlpatch.apply(include=["cpu_weights"])

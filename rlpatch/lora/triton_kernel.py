@@ -21,6 +21,12 @@ def _places(at, i, j, row, column, LARGE: tl.constexpr):
 
 
 @triton.jit
+def _inside(i, j, rows, columns):
+    """Which of ``[i, j]`` the matrix has."""
+    return (i < rows)[:, None] & (j < columns)[None, :]
+
+
+@triton.jit
 def _read(at, i, w, rows, columns, row, column, live, PAIR: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
           LARGE: tl.constexpr):  # fmt: skip
     """Words ``[i, w]``, where `live`; zeros beyond the matrix. Strides are in words if `WHOLE`, else in elements."""
@@ -28,11 +34,11 @@ def _read(at, i, w, rows, columns, row, column, live, PAIR: tl.constexpr, WHOLE:
         if EVEN:
             words = tl.load(_places(at, i, w, row, column, LARGE), mask=live, other=0)
         else:
-            inside = (i < rows)[:, None] & (w * (2 if PAIR else 1) < columns)[None, :]
+            inside = _inside(i, w * (2 if PAIR else 1), rows, columns)
             words = tl.load(_places(at, i, w, row, column, LARGE), mask=inside & live, other=0)
     else:
-        first = (i < rows)[:, None] & (2 * w < columns)[None, :]
-        second = (i < rows)[:, None] & (2 * w + 1 < columns)[None, :]
+        first = _inside(i, 2 * w, rows, columns)
+        second = _inside(i, 2 * w + 1, rows, columns)
         low = tl.load(_places(at, i, 2 * w, row, column, LARGE), mask=first & live, other=0)
         high = tl.load(_places(at, i, 2 * w + 1, row, column, LARGE), mask=second & live, other=0)
         words = (high.to(tl.int32) << 16) | (low.to(tl.int32) & 65535)
@@ -47,11 +53,11 @@ def _write(words, at, i, w, rows, columns, row, column, PAIR: tl.constexpr, WHOL
         if EVEN:
             tl.store(_places(at, i, w, row, column, LARGE), words)
         else:
-            inside = (i < rows)[:, None] & (w * (2 if PAIR else 1) < columns)[None, :]
+            inside = _inside(i, w * (2 if PAIR else 1), rows, columns)
             tl.store(_places(at, i, w, row, column, LARGE), words, mask=inside)
     else:
-        first = (i < rows)[:, None] & (2 * w < columns)[None, :]
-        second = (i < rows)[:, None] & (2 * w + 1 < columns)[None, :]
+        first = _inside(i, 2 * w, rows, columns)
+        second = _inside(i, 2 * w + 1, rows, columns)
         tl.store(_places(at, i, 2 * w, row, column, LARGE), words.to(tl.int16), mask=first)
         tl.store(_places(at, i, 2 * w + 1, row, column, LARGE), (words >> 16).to(tl.int16), mask=second)
 
@@ -63,8 +69,21 @@ def _factor(at, rows, columns, i, k, EVEN: tl.constexpr):
     if EVEN:
         found = tl.load(places)
     else:
-        found = tl.load(places, mask=(i < rows)[:, None] & (k < columns)[None, :], other=0.0)
+        found = tl.load(places, mask=_inside(i, k, rows, columns), other=0.0)
     return found
+
+
+@triton.jit
+def _right(at, low, rank, width, k, w, PAIR: tl.constexpr, EVEN: tl.constexpr):
+    """Rows `k` of the right factor for the words `w`: two terms for first elements, two for second ones."""
+    b = _factor(at, rank, width, k, w, EVEN)
+    b_low = _factor(low, rank, width, k, w, EVEN)
+    b_high = b
+    b_high_low = b_low
+    if PAIR:
+        b_high = _factor(at + rank * width, rank, width, k, w, EVEN)
+        b_high_low = _factor(low + rank * width, rank, width, k, w, EVEN)
+    return b, b_low, b_high, b_high_low
 
 
 @triton.jit
@@ -155,14 +174,25 @@ def _ones(bits, NVIDIA: tl.constexpr):
 
 
 @triton.jit
+def _second(words):
+    """The bits of each word's second element."""
+    return (words >> 16) & 65535
+
+
+@triton.jit
+def _weighted(words, second, w, PAIR: tl.constexpr):
+    """What words `w` of a row add to the row's part of the checksum; differences of words and of `_second` as well."""
+    if PAIR:  # of elements a, b: (4w + 1)·a + (4w + 3)·b, where a = word − 65536·b
+        factor = 4 * w + 1
+        return words * factor + second * (factor + 2 - (factor << 16))
+    else:
+        return words * (2 * w + 1)
+
+
+@triton.jit
 def _sum(words, i, w, PAIR: tl.constexpr):
     """`rlpatch.lora.fold.checksum` of these words of a matrix, int64."""
-    if PAIR:  # of low and high elements a, b: (4w + 1)·a + (4w + 3)·b, where a = word − 65536·b
-        factor = 4 * w + 1
-        high = (words >> 16) & 65535
-        line = tl.sum(words * factor[None, :] + high * (factor + 2 - (factor << 16))[None, :], axis=1)
-    else:
-        line = tl.sum(words * (2 * w + 1)[None, :], axis=1)
+    line = tl.sum(_weighted(words, _second(words), w[None, :], PAIR), axis=1)
     return tl.sum((line * (2 * i + 1)).to(tl.int64), axis=0)
 
 
@@ -235,11 +265,7 @@ def fold_kernel(
     w = column * WORDS + lane
     k = tl.arange(0, RANK)
     if ONE:
-        b = _factor(right_at, rank, width, k, w, EVEN)
-        b_low = _factor(right_low, rank, width, k, w, EVEN)
-        if PAIR:
-            b_high = _factor(right_at + rank * width, rank, width, k, w, EVEN)
-            b_high_low = _factor(right_low + rank * width, rank, width, k, w, EVEN)
+        b, b_low, b_high, b_high_low = _right(right_at, right_low, rank, width, k, w, PAIR, EVEN)
     zero = begin * 0
     # The next tile is read before this one is worked on.
     coming = _read(source, begin * ROWS + tl.arange(0, ROWS), w, rows, columns, source_row, source_column, zero == 0,
@@ -275,12 +301,9 @@ def fold_kernel(
                 for start in range(0, rank, RANK):
                     a = _factor(left_at, rows, rank, i, start + k, EVEN)
                     a_low = _factor(left_low, rows, rank, i, start + k, EVEN)
-                    b = _factor(right_at, rank, width, start + k, w, EVEN)
-                    b_low = _factor(right_low, rank, width, start + k, w, EVEN)
+                    b, b_low, b_high, b_high_low = _right(right_at, right_low, rank, width, start + k, w, PAIR, EVEN)
                     delta = _product(delta, a, a_low, b, b_low, SPLIT)
                     if PAIR:
-                        b_high = _factor(right_at + rank * width, rank, width, start + k, w, EVEN)
-                        b_high_low = _factor(right_low + rank * width, rank, width, start + k, w, EVEN)
                         delta_high = _product(delta_high, a, a_low, b_high, b_high_low, SPLIT)
             # Outside of the weight all is zero, so that nothing there differs or counts.
             if MODE < 2:
@@ -296,8 +319,7 @@ def fold_kernel(
                     back = _words(back, back, KIND, NVIDIA)
                 lost = raw - back
                 if not EVEN:
-                    inside = (i < rows)[:, None] & (w * PARTS < columns)[None, :]
-                    lost = tl.where(inside, lost, 0)
+                    lost = tl.where(_inside(i, w * PARTS, rows, columns), lost, 0)
                 bit = (zero + 1) << lane
                 marks = tl.sum(tl.where(lost != 0, bit[None, :], 0), axis=1)
                 is_far = (_near(lost, PAIR) + 7).to(tl.uint32, bitcast=True) > 15
@@ -360,11 +382,9 @@ def fold_kernel(
                 else:
                     back = _words(back, back, KIND, NVIDIA)
                 if not EVEN:
-                    first = (i < rows)[:, None] & (w * PARTS < columns)[None, :]
-                    back = tl.where(first, back, 0)
+                    back = tl.where(_inside(i, w * PARTS, rows, columns), back, 0)
                     if PAIR:
-                        second = (i < rows)[:, None] & (w * PARTS + 1 < columns)[None, :]
-                        back = tl.where(second, back, back & 65535)
+                        back = tl.where(_inside(i, w * PARTS + 1, rows, columns), back, back & 65535)
                 _write(back, target, i, w, rows, columns, target_row, target_column, PAIR, WHOLE, EVEN, LARGE)
                 result = _sum(back, i, w, PAIR)
                 entries = (known & 4095).to(tl.int32)
@@ -401,11 +421,6 @@ def fold_kernel(
                         true = found + lost
                         tl.store(place, true.to(tl.int16), mask=valid)
                         tl.store(place + target_column, (true >> 16).to(tl.int16), mask=both)
-                    if PAIR:
-                        factor = 4 * c + 1
-                        change = (true - found) * factor
-                        change += (((true >> 16) & 65535) - ((found >> 16) & 65535)) * (factor + 2 - (factor << 16))
-                    else:
-                        change = (true - found) * (2 * c + 1)
+                    change = _weighted(true - found, _second(true) - _second(found), c, PAIR)
                     result += tl.sum(tl.where(valid, change * (2 * r + 1), 0).to(tl.int64), axis=0)
                 tl.atomic_add(sums + number, result, sem="relaxed")

@@ -25,6 +25,8 @@ GIB = 2**30
     ("arguments", "said"),
     [
         (["--variants", "trl,other"], "unknown 'other'"),
+        (["--variants", "trl:standby=no"], "settings are for rlpatch's variants"),
+        (["--variants", "rlpatch:stanby=no"], "stanby=no is no setting"),
         (["--variants", ","], "known are trl, trl-sleep, rlpatch"),
         (["--variants", "trl,trl"], "--repeat"),
         (["--steps", "2"], "--warmup 2: leaves none of 2 steps"),

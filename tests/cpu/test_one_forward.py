@@ -1,0 +1,90 @@
+"""The loss takes the log-probs that scoring computed: the same training with one forward pass less. Real rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+import trl
+
+import rlpatch
+
+pytestmark = pytest.mark.cpu
+
+if "vllm_importance_sampling_correction" not in {field.name for field in fields(trl.GRPOConfig)}:
+    pytest.skip("this TRL scores rollouts without the trainer's log-probs", allow_module_level=True)
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an earlier engine has left a process group, accelerate wraps the model of a single process, too."""
+
+    class Bare(torch.nn.parallel.DistributedDataParallel):
+        def __new__(cls, module: Any, **_: Any) -> Any:
+            return module
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Bare)
+
+
+KEYS = ("loss", "grad_norm", "entropy", "reward", "sampling/sampling_logp_difference/mean", "kl")
+
+
+def train(trainer_of: Any, one: bool, **job: Any) -> tuple[list[dict[str, Any]], int, Any]:
+    """The logs, the model's forward passes and the trainer."""
+    trainer = trainer_of(apply={"one_forward": one, "defaults": False}, **job)
+    calls = []
+    trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    trainer.train()
+    rows = [{k: row[k] for k in KEYS if k in row} for row in trainer.state.log_history if "loss" in row]
+    rlpatch.revert()
+    return rows, len(calls), trainer
+
+
+CASES = {
+    "plain": {},
+    "checkpointing": {"config": {"gradient_checkpointing": True}},
+    "no checkpointing": {"config": {"gradient_checkpointing": False}},
+    "accumulation": {"config": {"gradient_accumulation_steps": 2, "steps_per_generation": 1}},
+    "reference": {"config": {"beta": 0.1}},
+    "lora with reference": {"lora": {"r": 4}, "config": {"beta": 0.1}},
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_same_training_with_a_forward_pass_less(trainer_of: Any, bare: None, case: str) -> None:
+    job: dict[str, Any] = {"steps": 3, **CASES[case]}
+    job["config"] = {"steps_per_generation": 1, **job.get("config", {})}
+    rows, passes, trainer = train(trainer_of, True, **job)
+    assert not any(name.startswith("_rlpatch_scor") for name in vars(trainer))
+    expected, before, _ = train(trainer_of, False, **job)
+    batches = 3 * trainer.args.gradient_accumulation_steps
+    assert before - passes == batches
+    assert len(rows) == len(expected) == 3
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, abs=2e-6, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"config": {"steps_per_generation": 1, "num_iterations": 2}},
+        {"config": {"steps_per_generation": 2, "gradient_accumulation_steps": 2}},
+        {"config": {"steps_per_generation": 1}, "lora": {"r": 4, "lora_dropout": 0.1}},
+        {"config": {"steps_per_generation": 1, "vllm_importance_sampling_correction": False}},
+    ],
+    ids=["iterations", "several steps", "dropout", "no correction"],
+)
+def test_left_alone(trainer_of: Any, bare: None, job: dict[str, Any]) -> None:
+    passes = [train(trainer_of, one, steps=2, **job)[1] for one in (True, False)]
+    assert passes[0] == passes[1] > 0
+
+
+def test_an_evaluation_in_between(trainer_of: Any, bare: None) -> None:
+    trainer = trainer_of(apply={"one_forward": True, "defaults": False}, steps=1, config={"steps_per_generation": 1})
+    trainer.train()
+    calls: list[int] = []
+    trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    trainer.evaluate(trainer.train_dataset)
+    assert len(calls) % 2 == 0 and not any(name.startswith("_rlpatch_scor") for name in vars(trainer))
