@@ -8,8 +8,8 @@ quarter of training's arithmetic, a fifth with checkpointing. Rows are matched b
 between. What training takes at its peak, in the backward pass, stays as it is.
 
 Left alone: a wrapped model (DDP and its kin count forward passes), dropout (two passes differ there, by intention or not),
-images (rows of the same tokens may differ in them), Liger's fused loss, RLOO (its ratio is of sequences that may be some
-steps old), TRL 1.14 (its method passes everything on to another).
+images (rows of the same tokens may differ in them), a loss of the script's own, Liger's fused loss, RLOO (its ratio is of
+sequences that may be some steps old), TRL 1.14 (its method passes everything on to another).
 Delete when: TRL does it.
 """
 
@@ -30,10 +30,13 @@ _ARMED, _KEPT = "_rlpatch_score_with_gradients", "_rlpatch_scored"
 
 def _fits(trainer: Any) -> bool:
     import torch
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     arguments = trainer.args
+    own = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
     return (
-        trainer.model.training
+        all(inspect.getattr_static(type(trainer), name) is inspect.getattr_static(GRPOTrainer, name) for name in own)
+        and trainer.model.training
         and arguments.steps_per_generation * trainer.num_iterations == 1
         and trainer.use_vllm
         and trainer.vllm_importance_sampling_correction
@@ -77,9 +80,10 @@ def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
     if torch.is_grad_enabled():
         kept = state.pop(_KEPT, None)
         rows = _rows(kept, args) if kept is not None else None
-        if kept is None or rows is None:
-            return wrapped(*args, **kwargs)
-        return tuple(x[rows] if isinstance(x, torch.Tensor) and x.dim() else x for x in kept[-1])
+        if kept is not None and rows is not None:
+            return tuple(x[rows] if isinstance(x, torch.Tensor) and x.dim() else x for x in kept[-1])
+        del kept  # its graph is as large as the one that comes
+        return wrapped(*args, **kwargs)
     # The policy's own comes first; a reference made of the same model with its adapters switched off comes later.
     if not state.get(_ARMED) or len(args) != 4 or args[0] is not trainer.model:
         return wrapped(*args, **kwargs)

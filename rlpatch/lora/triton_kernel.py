@@ -205,7 +205,7 @@ def _near(lost, PAIR: tl.constexpr):
         return lost
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "room"])  # they change from step to step: each change would compile
 def fold_kernel(
     table,  # int64 [weights, 3]: addresses of source and target; number for `sums`
     left,  # bf16 [weights, 2, rows, rank] or fp32 [weights, 1, rows, rank], the scale multiplied in

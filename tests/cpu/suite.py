@@ -60,7 +60,8 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 # MoE first: vLLM makes its expert-parallel group with the first engine of a process or never.
 SCENARIOS: dict[str, Scenario] = {
-    "qwen3-moe": Scenario("qwen3-moe"),
+    # Not exact: with one forward pass less, and the experts of transformers 5.23 round differently under gradients
+    "qwen3-moe": Scenario("qwen3-moe", exact=False),
     # transformers 5 renames and fuses Mixtral's experts; vLLM refuses those names when plain TRL pushes them
     "mixtral": Scenario("mixtral", plain_fails=True),
     "qwen3-moe-lora": Scenario(

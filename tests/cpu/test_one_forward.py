@@ -81,6 +81,18 @@ def test_left_alone(trainer_of: Any, bare: None, job: dict[str, Any]) -> None:
     assert passes[0] == passes[1] > 0
 
 
+def test_a_loss_of_the_scripts_own(trainer_of: Any, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may never ask for log-probs, and their graph would lie idle while it computes its own."""
+
+    class Own(trl.GRPOTrainer):  # type: ignore[misc]
+        def _compute_loss(self, model: Any, inputs: Any) -> Any:
+            return super()._compute_loss(model, inputs)
+
+    monkeypatch.setattr(trl, "GRPOTrainer", Own)
+    passes = [train(trainer_of, one, steps=2, config={"steps_per_generation": 1})[1] for one in (True, False)]
+    assert passes[0] == passes[1] > 0
+
+
 def test_an_evaluation_in_between(trainer_of: Any, bare: None) -> None:
     trainer = trainer_of(apply={"one_forward": True, "defaults": False}, steps=1, config={"steps_per_generation": 1})
     trainer.train()
