@@ -38,7 +38,9 @@ _FOLD, _FOLD_REST, _UNFOLD = 0, 1, 2
 _ABSENT, _NOT_FINITE = -1, -2  # a tile's state
 _FIRST_SHARE = 4e-4  # words per element; grows with what folds turn out to need
 _GROWTH = 1.1
-_CHUNK = 64 << 20  # bytes of fp32 factors per launch
+_CHUNK = 96 << 20  # bytes of factors per launch
+_BLOCK = 1024  # of their elements per program
+_FACTORS = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @functools.cache
@@ -109,7 +111,8 @@ class _Sides(NamedTuple):
         """What `shape` depends on; it is asked for every weight before the device has anything to do."""
         weight, into = self.weight, self.into
         places = weight.data_ptr() % 16, into.data_ptr() % 16
-        return weight.dtype, weight.shape, weight.stride(), into.stride(), places, self.left.shape[1]
+        factors = [(side.dtype, side.shape, side.stride()) for side in (self.left, self.right)]
+        return weight.dtype, weight.shape, weight.stride(), into.stride(), places, *factors
 
     def shape(self) -> _Shape:
         """What weights of one launch have in common."""
@@ -125,13 +128,14 @@ class _Sides(NamedTuple):
         return _Shape(weight.dtype, whole, aligned, rows, columns, strides[0] + strides[-1], self.left.shape[1])
 
     def row(self) -> list[int]:
-        """Its row of the kernel's table."""
-        return [self.weight.data_ptr(), self.into.data_ptr(), self.number]
+        """Its row of the kernels' table, field by field as here."""
+        addresses = (tensor.data_ptr() for tensor in (self.weight, self.into, self.left, self.right))
+        return [self.number, *addresses]
 
 
 @dataclass(frozen=True)
 class _Launch:
-    """Weights of one shape, their tiles' place in the state, and what the kernel reads about them.
+    """Weights of one shape, their tiles' place in the state, and what the kernels read about them.
 
     The table and the scales are made for all launches before the first: a copy from the host would wait for the kernels
     before it.
@@ -159,8 +163,8 @@ class _Launch:
         strides = shape.strides
         farthest = max(shape.rows * strides[n] + shape.columns * strides[n + 1] for n in (0, 2))
         fold_kernel[(across * -(-down // STRIP), len(self.sides))](
-            self.table, left, right, state, words, counters, sums, shape.rows, shape.columns, *strides, shape.rank,
-            shape.words, across, self.first_tile, room,
+            self.table, left, right, state, words, counters, sums, self.table.stride(0), shape.rows, shape.columns,
+            *strides, shape.rank, shape.words, across, self.first_tile, room,
             MODE=mode, KIND=str(shape.dtype).removeprefix("torch."), WHOLE=shape.whole, ALIGNED=shape.aligned,
             EVEN=even, LARGE=farthest >= 1 << 31, SPLIT=split, NVIDIA=split, CHECK=check or not split,
             ROWS=BLOCK_ROWS, WORDS=BLOCK_WORDS, RANK=block,
@@ -177,10 +181,8 @@ class _Desk:
     """
 
     def __init__(self, launches: Sequence[_Launch]) -> None:
-        device = launches[0].sides[0].weight.device
-        sides = [(_room(one, one.shape.rows), _room(one, one.shape.columns + 1)) for one in launches]
-        self._stage = torch.empty(max(max(both) for both in sides), dtype=torch.float32, device=device)
-        self._ready = torch.empty(max(sum(both) for both in sides), dtype=torch.float32, device=device)
+        sizes = [_room(one, one.shape.rows) + _room(one, one.shape.columns + 1) for one in launches]
+        self._ready = torch.empty(max(sizes), dtype=torch.float32, device=launches[0].table.device)
 
     def factors(self, launch: _Launch, split: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Both sides as the kernel wants them: fp32 in one term, or in two bf16 terms whose sum has 16 bits of it.
@@ -189,15 +191,12 @@ class _Desk:
             ``[weights, terms, 1, rows, rank]``, the scale multiplied in, and ``[weights, terms, parts, rank, columns /
             parts]``: of weights of 16 bits the even columns and the odd ones, else one part.
         """
-        left = self._staged([side.left for side in launch.sides]).mul_(launch.scales[:, None, None])
         size = _room(launch, launch.shape.rows)
-        first = _placed(left, self._ready[:size], split, 1)
-        right = self._staged([side.right for side in launch.sides])
-        return first, _placed(right, self._ready[size:], split, 4 // launch.shape.dtype.itemsize)
-
-    def _staged(self, factors: list[torch.Tensor]) -> torch.Tensor:
-        whole = self._stage[: len(factors) * factors[0].numel()].view(len(factors), *factors[0].shape)
-        return torch.stack(factors, out=whole)  # of any dtype, and without memory of its own
+        memory = self._ready.view(torch.bfloat16) if split else self._ready
+        cut = 2 * size if split else size
+        _place(launch, "left", memory[:cut], 1, split)
+        _place(launch, "right", memory[cut:], 4 // launch.shape.dtype.itemsize, split)
+        return memory[:cut], memory[cut:]
 
 
 def _room(launch: _Launch, length: int) -> int:
@@ -205,20 +204,19 @@ def _room(launch: _Launch, length: int) -> int:
     return -(-len(launch.sides) * length * launch.shape.rank // 4) * 4
 
 
-def _placed(whole: torch.Tensor, memory: torch.Tensor, split: bool, parts: int) -> torch.Tensor:
-    """``[weights, rows, columns]`` as ``[weights, terms, parts, rows, columns / parts]`` in `memory`."""
-    count, rows, columns = whole.shape
-    terms, width = 1 + split, -(-columns // parts)
-    memory = memory.view(torch.bfloat16) if split else memory
-    into = memory[: count * terms * parts * rows * width].view(count, terms, parts, rows, width)
-    for part in range(parts):
-        values = whole[:, :, part::parts]
-        here = into[:, :, part, :, : values.shape[2]]
-        here[:, 0].copy_(values)
-        if split:
-            torch.sub(values, here[:, 0], out=here[:, 1])
-        into[:, :, part, :, values.shape[2] :] = 0
-    return into
+def _place(launch: _Launch, side: str, into: torch.Tensor, parts: int, split: bool) -> None:
+    """One side's factors, to which the table has the addresses."""
+    from rlpatch.lora.triton_kernel import factors_kernel
+
+    one: torch.Tensor = getattr(launch.sides[0], side)
+    field = _Sides._fields.index(side)
+    rows, columns = one.shape
+    width = -(-columns // parts)
+    factors_kernel[(-(-rows * width // _BLOCK), len(launch.sides))](
+        launch.table[:, field], launch.scales, into, launch.table.stride(0), rows, columns, *one.stride(), width,
+        KIND=str(one.dtype).removeprefix("torch."), SCALED=side == "left", PARTS=parts, SPLIT=split, BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 class TritonPasses:
@@ -348,7 +346,8 @@ def _launches(sides: list[_Sides], first_tile: int = 0) -> list[_Launch]:
 
 def _one_product(target: Target) -> tuple[torch.Tensor, torch.Tensor, float]:
     """One product per weight: the adapter's own tensors where there is one, else a copy of all."""
-    if len(target.products) == 1:
+    kinds = {side.dtype for product in target.products for side in (product.left, product.right)}
+    if len(target.products) == 1 and kinds <= _FACTORS:
         product = target.products[0]
         return product.left, product.right, product.scale
     left = torch.cat([product.left.float() * product.scale for product in target.products], 1)

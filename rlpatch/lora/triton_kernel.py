@@ -205,15 +205,57 @@ def _near(lost, PAIR: tl.constexpr):
         return lost
 
 
-@triton.jit(do_not_specialize=["first_tile", "room"])  # they change from step to step: each change would compile
+# Neither where a slice of the table begins nor what changes from step to step may have a kernel compiled anew.
+@triton.jit(do_not_specialize=["addresses", "scales", "fields"])
+def factors_kernel(
+    addresses,  # int64 [weights, fields of the table]: of matrices [rows, columns] of `KIND`
+    scales,  # fp32 [weights]
+    into,  # bf16 [weights, 2, PARTS, rows, width] or fp32 [weights, 1, PARTS, rows, width]
+    fields,
+    rows,
+    columns,
+    row,
+    column,
+    width,  # columns of one part
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Factors as `fold_kernel` wants them: part p has every ``columns[p::PARTS]``; under `SPLIT` two bf16 terms each."""
+    TERMS: tl.constexpr = 2 if SPLIT else 1
+    ELEMENT: tl.constexpr = tl.bfloat16 if KIND == "bfloat16" else tl.float16 if KIND == "float16" else tl.float32
+    weight = tl.program_id(1)
+    source = tl.load(addresses + weight * fields).to(tl.pointer_type(ELEMENT))
+    scale = tl.load(scales + weight)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = (place // width).to(tl.int64)
+    first = place % width * PARTS
+    size = rows * width
+    here = into + weight.to(tl.int64) * (TERMS * PARTS * size) + place
+    for part in tl.static_range(0, PARTS):
+        j = first + part
+        wide = tl.load(source + i * row + j * column, mask=(i < rows) & (j < columns), other=0.0).to(tl.float32)
+        if SCALED:
+            wide *= scale
+        high = wide.to(into.dtype.element_ty)
+        tl.store(here + part * size, high, mask=i < rows)
+        if SPLIT:
+            rest = wide - high.to(tl.float32)
+            tl.store(here + (PARTS + part) * size, rest.to(into.dtype.element_ty), mask=i < rows)
+
+
+@triton.jit(do_not_specialize=["table", "fields", "first_tile", "room"])
 def fold_kernel(
-    table,  # int64 [weights, 3]: addresses of source and target; number for `sums`
+    table,  # int64 [weights, fields]: number for `sums`; addresses of source and target
     left,  # bf16 [weights, 2, rows, rank] or fp32 [weights, 1, rows, rank], the scale multiplied in
     right,  # the same, [..., rank, columns]; if PAIR [..., 2, rank, columns / 2]: even columns, odd columns
     state,  # int64 [tiles]: start of the tile's words << 24 | far entries << 12 | entries; or negative
     words,  # int16: per tile its entries (place << 5 | half << 4 | code), then the differences that no code stands for
     counters,  # int64 [3]: words asked for, tiles without room, tiles not finite
     sums,  # int64 [numbers], counted modulo 2^32
+    fields,
     rows,
     columns,
     source_row,
@@ -250,13 +292,13 @@ def fold_kernel(
     down = tl.cdiv(rows, ROWS)
     end = tl.minimum(begin + STRIP, down)
     mine = state + first_tile + weight.to(tl.int64) * (down * across) + column
-    row = table + weight * 3
-    source = tl.load(row).to(tl.pointer_type(BITS))
-    target = tl.load(row + 1).to(tl.pointer_type(BITS))
+    row = table + weight * fields
+    source = tl.load(row + 1).to(tl.pointer_type(BITS))
+    target = tl.load(row + 2).to(tl.pointer_type(BITS))
     if ALIGNED:
         source = tl.multiple_of(source, 16)
         target = tl.multiple_of(target, 16)
-    number = tl.load(row + 2)
+    number = tl.load(row)
     left_at = left + weight.to(tl.int64) * (TERMS * rows * rank)
     left_low = left_at + (TERMS - 1) * rows * rank
     right_at = right + weight.to(tl.int64) * (TERMS * PARTS * rank * width)
