@@ -20,7 +20,7 @@ FILL, LEFT, ASKED = "all that rollouts can fill", "all that is left", "what the 
 _ENDLESS = "how much of a KV cache rollouts can fill is not known"
 _SLACK = 256 * MIB  # of torch's allocator: rounding and half-used segments
 _PINNED, _PINNED_BETWEEN = 0.5, 0.3  # of what comes and goes in a step; see docs/memory.md
-_FOLD_SHARE, _FOLD_FACTORS = 0.02, 64 * MIB  # rlpatch/lora: what a fold keeps until the unfold, its factors
+_FOLD_SHARE, _FOLD_FACTORS = 0.02, 96 * MIB  # rlpatch/lora: what a fold keeps until the unfold, its factors
 _MARGIN_SHARE, _MARGIN_LEAST = 0.01, 256 * MIB
 _STEPS = 10_000  # utilization is given to four digits
 
@@ -309,7 +309,7 @@ def _terms(model: ModelShape, training: Training, engine: Engine, margin: int) -
     if folds:
         kept = int(_FOLD_SHARE * model.bytes(training.dtype)) + _FOLD_FACTORS
         add(
-            "fold", kept, GENERATING, "2 % of the weights, 64 MiB", "rlpatch/lora/fold_kernel.py: what the unfold needs"
+            "fold", kept, GENERATING, "2 % of the weights, 96 MiB", "rlpatch/lora/fold_kernel.py: what the unfold needs"
         )
     moments = sizes.moments
     always = sizes.gradients if sizes.keeps_gradients else 0
