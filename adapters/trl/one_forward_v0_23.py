@@ -9,7 +9,7 @@ between. What training takes at its peak, in the backward pass, stays as it is.
 
 Left alone: a wrapped model (DDP and its kin count forward passes), dropout (two passes differ there, by intention or not),
 images (rows of the same tokens may differ in them), a loss of the script's own, Liger's fused loss, RLOO (its ratio is of
-sequences that may be some steps old), TRL 1.14 (its method passes everything on to another).
+sequences that may be some steps old).
 Delete when: TRL does it.
 """
 
@@ -116,15 +116,11 @@ def _patches(context: Context) -> list[Patch]:
 ADAPTER = Adapter(
     capability="one_forward",
     library="trl",
-    versions=">=0.23,<1.17,!=1.14.*",
+    versions=">=0.23,<1.17",
     module=_MODULE,
     patches=_patches,
     relies_on=(
-        Relies(
-            f"{_MODULE}:GRPOTrainer._get_per_token_logps_and_entropies",
-            positional=("model", "input_ids", "attention_mask", "logits_to_keep"),
-            parameters=("compute_entropy",),
-        ),
+        Relies(f"{_MODULE}:GRPOTrainer._get_per_token_logps_and_entropies", positional=("model",)),
         Relies(
             f"{_MODULE}:GRPOTrainer._generate_and_score_completions",
             contains=("self.use_vllm and self.vllm_importance_sampling_correction",),
