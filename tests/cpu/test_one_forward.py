@@ -47,6 +47,7 @@ CASES = {
     "checkpointing": {"config": {"gradient_checkpointing": True}},
     "no checkpointing": {"config": {"gradient_checkpointing": False}},
     "accumulation": {"config": {"gradient_accumulation_steps": 2, "steps_per_generation": 1}},
+    "autocast": {"config": {"bf16": True}},
     "reference": {"config": {"beta": 0.1}},
     "lora with reference": {"lora": {"r": 4}, "config": {"beta": 0.1}},
 }
@@ -62,8 +63,9 @@ def test_the_same_training_with_a_forward_pass_less(trainer_of: Any, bare: None,
     batches = 3 * trainer.args.gradient_accumulation_steps
     assert before - passes == batches
     assert len(rows) == len(expected) == 3
+    rounding = 1e-3 if case == "autocast" else 2e-5  # TRL shuffles the rows, whose gradients bf16 adds up
     for row, other in zip(rows, expected, strict=True):
-        assert row == pytest.approx(other, abs=2e-6, rel=2e-5)
+        assert row == pytest.approx(other, abs=rounding / 10, rel=rounding)
 
 
 @pytest.mark.parametrize(
