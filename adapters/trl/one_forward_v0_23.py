@@ -75,10 +75,11 @@ def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
     import torch
 
     state = vars(trainer)
+    kept = state.pop(_KEPT, None) if torch.is_grad_enabled() else None
     if any(isinstance(value, (torch.Tensor, list, tuple)) for value in kwargs.values()):  # images
+        del kept
         return wrapped(*args, **kwargs)
     if torch.is_grad_enabled():
-        kept = state.pop(_KEPT, None)
         rows = _rows(kept, args) if kept is not None else None
         if kept is not None and rows is not None:
             return tuple(x[rows] if isinstance(x, torch.Tensor) and x.dim() else x for x in kept[-1])
