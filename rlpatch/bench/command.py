@@ -27,10 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from rlpatch.bench import shapes
-from rlpatch.bench.run import PHASES, VARIANTS, BenchJob, is_out_of_memory, variant_of
+from rlpatch.bench.run import PHASES, TOO_LONG, VARIANTS, BenchJob, is_out_of_memory, variant_of
 
 SCHEMA = 1
 LOG_LINES = 60
+_RESIDENT = {
+    "trainer": "trainer's weights", "engine": "engine's weights", "both": "weights of both, once each",
+    "masters": "fp32 masters", "optimizer_state": "optimizer state",
+}  # fmt: skip
 LIBRARIES = ("vllm", "trl", "torch", "transformers", "accelerate", "peft", "triton")
 
 
@@ -71,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--micro-batch", type=int, metavar="N", help="completions per forward pass (default: all)")
     size.add_argument("--prompt-tokens", type=int, default=64, metavar="N")
     size.add_argument("--completion-tokens", type=int, default=256, metavar="N")
+    size.add_argument(
+        "--rollout-tokens", type=int, metavar="N", help="generate N tokens and repeat them (default: the whole length)"
+    )
+    size.add_argument(
+        "--grow-from", type=int, metavar="N", help="completions grow evenly from N tokens to --completion-tokens"
+    )
     size.add_argument("--steps", type=int, default=6, metavar="N")
     size.add_argument(
         "--warmup", type=int, default=2, metavar="N", help="leading steps left out of medians (default 2)"
@@ -90,17 +100,14 @@ def parser() -> argparse.ArgumentParser:
     sweep = made.add_argument_group("longest completion")
     sweep.add_argument("--sweep-context", action="store_true", help="search the longest completion each variant trains")
     sweep.add_argument("--sweep-step", type=int, default=512, metavar="N", help="granularity in tokens (default 512)")
-    sweep.add_argument("--sweep-start", type=int, metavar="N", help="first length tried (default: one step)")
+    sweep.add_argument("--sweep-start", metavar="N,M", help="guess, for all variants or one for each (default: none)")
     sweep.add_argument("--sweep-max", type=int, default=131072, metavar="N", help="tokens (default 131072)")
     sweep.add_argument("--sweep-seconds", type=float, default=1800, metavar="S", help="per variant (default 1800)")
     sweep.add_argument(
         "--sweep-utilization",
         default="0.3,0.5,0.7,0.9",
         metavar="U,V",
-        help="tried for each variant of TRL; rlpatch plans",
-    )
-    sweep.add_argument(
-        "--sweep-rollout", type=int, metavar="N", help="generate N tokens and repeat them (default: the whole length)"
+        help="tried for TRL, with colons between lists one for each of its variants; rlpatch plans",
     )
 
     output = made.add_argument_group("output")
@@ -135,7 +142,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         made.error("--variants: each once; --repeat runs them again")
     for option, least in {
         "completions": 2, "prompt-tokens": 1, "completion-tokens": 1, "steps": 1, "warmup": 0, "repeat": 1, "lora": 0,
-        "sweep-step": 1, "sweep-max": 1, "sweep-rollout": 1,
+        "sweep-step": 1, "sweep-max": 1, "rollout-tokens": 1, "grow-from": 1,
     }.items():  # fmt: skip
         value = getattr(options, option.replace("-", "_"))
         if value is not None and value < least:
@@ -153,15 +160,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         refuse("utilization", "between 0 and 1")
     if options.sweep_max < options.sweep_step:
         refuse("sweep-max", f"less than --sweep-step {options.sweep_step}")
-    options.sweep_start = options.sweep_step if options.sweep_start is None else options.sweep_start
-    if not options.sweep_step <= options.sweep_start <= options.sweep_max:
-        refuse("sweep-start", "between --sweep-step and --sweep-max")
     try:
-        options.sweep_utilization = [float(text) for text in split(options.sweep_utilization)]
+        starts = [int(text) for text in split(options.sweep_start or "0")]
+    except ValueError:
+        refuse("sweep-start", "numbers with commas between")
+    if options.sweep_start and not all(options.sweep_step <= start <= options.sweep_max for start in starts):
+        refuse("sweep-start", "between --sweep-step and --sweep-max")
+    if len(starts) not in (1, len(options.variants)):
+        refuse("sweep-start", f"one number, or one for each of {', '.join(options.variants)}")
+    options.sweep_start = starts * (1 if len(starts) > 1 else len(options.variants))
+    if options.grow_from is not None and options.grow_from > options.completion_tokens:
+        refuse("grow-from", f"more than --completion-tokens {options.completion_tokens}")
+    try:
+        tried = [[float(text) for text in split(part)] for part in options.sweep_utilization.split(":")]
     except ValueError:
         refuse("sweep-utilization", "numbers with commas between")
-    if not options.sweep_utilization or not all(0 < u <= 1 for u in options.sweep_utilization):
+    if not all(part and all(0 < u <= 1 for u in part) for part in tried):
         made.error("--sweep-utilization: numbers between 0 and 1")
+    plain = [name for name in options.variants if variant_of(name).apply is None]
+    if len(tried) not in (1, len(plain)):
+        refuse("sweep-utilization", f"one list, or with colons between one for each of {', '.join(plain)}")
+    options.sweep_utilization = dict(zip(plain, tried * (len(plain) if len(tried) == 1 else 1), strict=True))
     if options.model is not None:
         if options.shape is not None:
             made.error("--model and --shape: one of them")
@@ -259,6 +278,10 @@ def job_from(options: argparse.Namespace, model: str) -> BenchJob:
         micro_batch=options.micro_batch,
         prompt_tokens=options.prompt_tokens,
         completion_tokens=options.completion_tokens,
+        step_tokens=_growing(options.grow_from, options.completion_tokens, options.steps)
+        if options.grow_from
+        else None,
+        rollout_tokens=options.rollout_tokens,
         utilization=utilization,
         kv_bytes=int(options.kv_gib * 2**30) if options.kv_gib else None,
         eager=options.eager,
@@ -270,6 +293,11 @@ def job_from(options: argparse.Namespace, model: str) -> BenchJob:
         gradient_checkpointing=options.gradient_checkpointing,
         emulate_gib=options.emulate_gib,
     )
+
+
+def _growing(first: int, last: int, steps: int) -> list[int]:
+    """From `first` to `last` in `steps` even steps."""
+    return [last - (last - first) * (steps - 1 - i) // max(1, steps - 1) for i in range(steps)]
 
 
 def order(variants: Sequence[str], repeat: int) -> list[str]:
@@ -284,7 +312,10 @@ def _compare(options: argparse.Namespace, job: BenchJob, runner: Runner, documen
         found = document["variants"][name]
         if any("skipped" in run for run in found["runs"]):
             continue
-        found["runs"].append(runner.run(replace(job, variant=name), f"[{number}/{len(turns)}] {name}"))
+        run = runner.run(replace(job, variant=name), f"[{number}/{len(turns)}] {name}")
+        if "result" in run:  # says the same at greater length
+            run = {k: v for k, v in run.items() if k not in ("rows", "engine")}
+        found["runs"].append(run)
         found["summary"] = summarize([run["result"] for run in found["runs"] if "result" in run])
         write_json(document, path)  # after every process: what was measured outlives whatever comes next
     print(table(document))
@@ -297,7 +328,7 @@ def _compare(options: argparse.Namespace, job: BenchJob, runner: Runner, documen
 
 @dataclass(frozen=True)
 class Attempt:
-    """One trial of the search: `tokens` per completion, and what came of it."""
+    """One length that was tried: `tokens` per completion, and what came of it."""
 
     tokens: int
     ok: bool
@@ -305,8 +336,11 @@ class Attempt:
     detail: dict[str, Any] | None = None
 
 
+_ROUND = 8  # lengths per process: starting one takes as long as training a few
+
+
 def longest(
-    trial: Callable[[int], Attempt],
+    trial: Callable[[list[int]], list[Attempt]],
     *,
     step: int,
     most: int,
@@ -314,32 +348,54 @@ def longest(
     known: int = 0,
     in_time: Callable[[], bool] = lambda: True,
 ) -> tuple[int, list[Attempt], bool]:
-    """Search the largest multiple of `step` up to `most` that `trial` passes, if passing gets no easier with length.
+    """Search the largest multiple of `step` up to `most` that trains, if that gets no easier with length.
 
     Args:
-        first: The length tried first; doubled while trials pass.
+        trial: Trains ascending lengths one after the other in one process, and says what came of those that it came to;
+            the first that fails is the last.
+        first: A guess, tried first, then one step more and so on: a good one costs one process. Without it each length
+            is a quarter above the one before.
         known: A length known to pass (found under other settings); one more step is tried first, so that settings
             which cannot do better cost one trial. 0 for none.
-        in_time: Asked before each trial.
+        in_time: Asked before each process.
 
     Returns:
-        The best length (`known` when nothing longer passes), the trials, and whether the search was finished.
+        The best length (`known` when nothing longer passes), what was tried, and whether the search was finished.
     """
     attempts: list[Attempt] = []
-    low, limit = known // step, most // step
-    high: int | None = None
-    stride = 1 if known else max(1, first // step)
-    while low < limit and (high is None or high - low > 1):
+    low, limit, high = known // step, most // step, most // step + 1
+    guess = first // step
+    lengths = _upwards(low + 1, limit) if known or not guess else list(range(guess, min(guess + _ROUND, limit + 1)))
+    while high - low > 1:
         if not in_time():
             return low * step, attempts, False
-        candidate = min(limit, low + stride) if high is None else (low + high) // 2
-        attempt = trial(candidate * step)
-        attempts.append(attempt)
-        if attempt.ok:
-            low, stride = candidate, 2 * stride if known else candidate
+        found = trial([x * step for x in lengths])
+        if not found:
+            return low * step, attempts, False
+        attempts += found
+        for attempt in found:
+            tokens = attempt.tokens // step
+            low = max(low, tokens) if attempt.ok else min(low, tokens - 1)
+            high = high if attempt.ok else min(high, tokens)
+        if len(lengths) > 1 and found[0].tokens == lengths[-1] * step:  # no engine could be built for so much
+            lengths = lengths[: len(lengths) // 2]
         else:
-            high = candidate
+            lengths = _upwards(max(low + 1, low * 5 // 4), limit) if high > limit else _between(low, high)
     return low * step, attempts, True
+
+
+def _upwards(start: int, limit: int) -> list[int]:
+    """From `start`, a quarter more each time, to three times as much or `limit`."""
+    found = [min(start, limit)]
+    while found[-1] < limit and found[-1] < 3 * start and len(found) < _ROUND:
+        found.append(min(limit, max(found[-1] + 1, found[-1] * 5 // 4)))
+    return found
+
+
+def _between(low: int, high: int) -> list[int]:
+    """What lies between, all or evenly spread."""
+    stride = -(-(high - low) // (_ROUND + 1))
+    return list(range(low + stride, high, stride))
 
 
 def _sweep(options: argparse.Namespace, job: BenchJob, runner: Runner, document: dict[str, Any], path: Path) -> bool:
@@ -347,54 +403,42 @@ def _sweep(options: argparse.Namespace, job: BenchJob, runner: Runner, document:
         "step": options.sweep_step,
         "most": options.sweep_max,
         "seconds": options.sweep_seconds,
-        "rollout": options.sweep_rollout,
+        "rollout": options.rollout_tokens,
         "variants": {},
     }
-    for name in options.variants:
-        document["sweep"]["variants"][name] = _sweep_variant(options, job, runner, name)
+    for name, first in zip(options.variants, options.sweep_start, strict=True):
+        document["sweep"]["variants"][name] = _sweep_variant(options, job, runner, name, first)
         write_json(document, path)
     print(sweep_table(document))
     return any(not found["best"] and not found["skipped"] for found in document["sweep"]["variants"].values())
 
 
-def _sweep_variant(options: argparse.Namespace, job: BenchJob, runner: Runner, name: str) -> dict[str, Any]:
+def _sweep_variant(options: argparse.Namespace, job: BenchJob, runner: Runner, name: str, first: int) -> dict[str, Any]:
     deadline = time.monotonic() + options.sweep_seconds
     found: dict[str, Any] = {"best": 0, "utilization": None, "kv": None, "complete": True, "attempts": []}
     found["skipped"] = None
-    chosen = [job.utilization] if job.kv_bytes else options.sweep_utilization
-    if not job.kv_bytes and variant_of(name).apply is not None:
-        chosen = [0.0]  # left alone: the memory plan decides
+    # 0: left alone, so that the memory plan decides
+    chosen = [job.utilization] if job.kv_bytes else options.sweep_utilization.get(name, [0.0])
     for utilization in chosen:
 
-        def trial(tokens: int, utilization: float = utilization) -> Attempt:
-            title = f"{name}: {tokens} tokens at {utilization:g}"
+        def trial(lengths: list[int], utilization: float = utilization) -> list[Attempt]:
+            title = f"{name}: {', '.join(map(str, lengths))} tokens at {utilization:g}"
+            all_of_them = [*lengths, lengths[-1]]  # a rollout follows the longest as well
             changes: dict[str, Any] = dict(
-                variant=name, completion_tokens=tokens, utilization=utilization, steps=2, warmup=0,
-                rollout_tokens=options.sweep_rollout,
+                variant=name, completion_tokens=lengths[-1], step_tokens=all_of_them, utilization=utilization,
+                steps=len(all_of_them), warmup=0,
             )  # fmt: skip
             run = runner.run(
                 replace(job, **changes), title, timeout=max(1.0, min(runner.timeout, deadline - time.monotonic()))
             )
-            if "skipped" in run:
-                found["skipped"] = run["skipped"]
-                return Attempt(tokens, False, f"skipped: {run['skipped']}")
-            if "error" in run:
-                return Attempt(tokens, False, failure(run["error"]), {"error": run["error"]})
-            result = run["result"]
-            detail = {
-                "kv": result["kv"],
-                "step_seconds": [row["seconds"]["step"] for row in result["steps"]],
-                "peak": result["memory"]["peak"],
-                "generated": [row["tokens"] for row in result["steps"]],
-                "trained": [row["metrics"].get("completion_length") for row in result["steps"]],
-            }
-            return Attempt(tokens, True, "", detail)
+            found["skipped"] = run.get("skipped")
+            return attempts_of(lengths, run)
 
         best, attempts, complete = longest(
             trial,
             step=options.sweep_step,
             most=options.sweep_max,
-            first=options.sweep_start,
+            first=first,
             known=found["best"],
             in_time=lambda: time.monotonic() < deadline and found["skipped"] is None,
         )
@@ -406,6 +450,28 @@ def _sweep_variant(options: argparse.Namespace, job: BenchJob, runner: Runner, n
         if found["skipped"] is not None:
             break
     return found
+
+
+def attempts_of(lengths: list[int], run: dict[str, Any]) -> list[Attempt]:
+    """What `Runner.run` says of a process that was to train `lengths` and the last of them once more.
+
+    A rollout that fails speaks against the length before it: what its training left behind is in the way.
+    """
+    if "skipped" in run:
+        return []
+    done, kv = run.get("rows", []), run.get("engine")
+    detail = [{"kv": kv, **row} for row in done]
+    if "error" not in run:
+        return [Attempt(tokens, True, "", row) for tokens, row in zip(lengths, detail, strict=False)]
+    error = run["error"]
+    in_rollout = error.get("stage") == "rollout" or error.get("phase") == "sync"
+    started = bool(done) or error.get("stage") in ("rollout", "train", TOO_LONG)
+    passed = min(len(done), len(lengths)) - (bool(done) and (in_rollout or len(done) >= len(lengths)))
+    failed = lengths[passed] if started else lengths[-1]  # the engine is built for the longest
+    return [
+        *(Attempt(tokens, True, "", row) for tokens, row in zip(lengths[:passed], detail, strict=False)),
+        Attempt(failed, False, failure(error), {"kv": kv, "error": error}),
+    ]
 
 
 def failure(error: dict[str, Any]) -> str:
@@ -475,6 +541,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any] | None:
             "after_release": middle([r["memory"]["after_release"] for r in results]),
             "engine_held": middle([r["memory"]["engine_held"] for r in results]),
             "load_peak_above": middle([(r["memory"]["load"] or {}).get("peak_above") for r in results]),
+            "resident": results[-1]["memory"].get("resident"),
             "load_weights": middle([(r["memory"]["load"] or {}).get("weights") for r in results]),
         },
         "base": results[-1].get("base"),
@@ -500,6 +567,9 @@ def table(document: dict[str, Any]) -> str:
     def phase(name: str, extreme: str) -> Callable[[dict[str, Any]], str]:
         return memory(lambda m: (m["by_phase"].get(name) or {}).get(extreme))
 
+    def resident(name: str) -> Callable[[dict[str, Any]], str]:
+        return memory(lambda m: (m.get("resident") or {}).get(name))
+
     def ratio(reference: float) -> Callable[[dict[str, Any]], str]:
         return lambda s: _ratio(s["median"].get("step"), reference)
 
@@ -520,6 +590,7 @@ def table(document: dict[str, Any]) -> str:
         ["memory: after release", *cells(memory(lambda m: m["after_release"]))],
         ["memory: engine holds outside rollouts", *cells(memory(lambda m: m["engine_held"]))],
         ["memory: peak of loading, above before", *cells(memory(lambda m: m["load_peak_above"]))],
+        *([f"generating: {label}", *cells(resident(key))] for key, label in _RESIDENT.items()),
         ["KV cache", *cells(lambda s: _gib(s["kv"].get("bytes")))],
         ["KV blocks × tokens", *cells(lambda s: f"{s['kv'].get('blocks')} × {s['kv'].get('block_size')}")],
         ["release, ms per GiB of KV", *cells(lambda s: _number(s["median"].get("release_ms_per_gib"), ".2f"))],
@@ -635,7 +706,7 @@ class Runner:
 
     def run(self, job: BenchJob, title: str, timeout: float | None = None) -> dict[str, Any]:
         """``{"result": …}``, ``{"skipped": reason}`` or ``{"error": {text, stage, phase, out_of_memory}, "log": […]}``,
-        each with ``seconds``."""
+        each with ``seconds``, ``engine`` and ``rows`` (a step's seconds and tokens) as far as it came."""
         self.count += 1
         log = self.logs / f"{self.count:02d}-{job.variant.replace(':', '-')}.log"
         outcome: dict[str, Any] = {}
@@ -663,7 +734,13 @@ class Runner:
                         stage = message["stage"]
                         progress.say(stage)
                     elif "progress" in message:
-                        progress.say(f"step {message['progress']['step']}/{job.steps}")
+                        row = message["progress"]
+                        progress.say(f"step {row['step']}/{job.steps}")
+                        outcome.setdefault("rows", []).append({k: v for k, v in row.items() if k != "step"})
+                    elif "trained" in message and outcome.get("rows"):
+                        outcome["rows"][-1]["trained"] = message["trained"]
+                    elif "engine" in message:
+                        outcome["engine"] = message["engine"]
                     outcome.update({k: v for k, v in message.items() if k in ("result", "skipped", "error")})
                 _ended(process)
             except BrokenPipeError:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlpatch.bench.run import BenchJob, BenchRun, Skipped, main
+from rlpatch.bench.run import BenchJob, BenchRun, Skipped, main, tensors_in
 
 NEAR_SHARE, NEAR_BYTES = 0.05, 1 << 29  # a term is right within this share of what was measured, or these bytes
 ON_CPU = "a CPU has no such memory"
@@ -92,7 +92,7 @@ class HeldRun(BenchRun):
         super().__init__(job, emit)
         self.variant = replace(
             self.variant,
-            apply={"memory_plan": True if job.plan_bytes is None else job.plan_bytes},
+            apply={**(self.variant.apply or {}), "memory_plan": True if job.plan_bytes is None else job.plan_bytes},
             config={"beta": job.beta},
         )
         self.peaks = Peaks(self.cuda)
@@ -247,7 +247,7 @@ class HeldRun(BenchRun):
             return resident_bytes([*own, *theirs])
 
         def state() -> int:
-            return resident_bytes(_tensors(trainer.optimizer.state.values()))
+            return resident_bytes(tensors_in(trainer.optimizer.state.values()))
 
         reference = getattr(trainer, "ref_model", None)
         sections = self.peaks.sections
@@ -270,21 +270,6 @@ class HeldRun(BenchRun):
             "generating": (by_phase.get("generate") or {}).get("max") if cuda else None,
             "training": (by_phase.get("train") or {}).get("max") if cuda else None,
         }
-
-
-def _tensors(values: Iterable[Any]) -> list[Any]:
-    """Tensors in nested dicts and lists."""
-    import torch
-
-    found: list[Any] = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, dict):
-            found += _tensors(value.values())
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
-    return found
 
 
 def _driver_used() -> int | None:

@@ -25,7 +25,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ METRICS = {
     "completion_length": "completions/mean_length",
     "logp_difference": "sampling/sampling_logp_difference/mean",
 }
+TOO_LONG = "length"  # the stage in which a completion is refused that the KV cache cannot hold
 OUT_OF_MEMORY = (
     "out of memory",
     "cannot be restored",
@@ -72,12 +73,13 @@ class Variant:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+_SAME = {"defaults": False}  # the other variants have TRL's
 VARIANTS = {
     "trl": Variant(text="plain TRL, its engine resident all the time"),
     "trl-sleep": Variant(config={"vllm_enable_sleep_mode": True}, sleep=True, text="plain TRL with its sleep mode"),
-    "rlpatch": Variant(apply={}, text="rlpatch.apply(), nothing else changed"),
-    "rlpatch-fold": Variant(apply={"lora": "fold"}, lora=True, text="the LoRA folded into the shared weights"),
-    "rlpatch-slots": Variant(apply={"lora": "slots"}, lora=True, text="the LoRA in vLLM's slots"),
+    "rlpatch": Variant(apply=_SAME, text="rlpatch.apply(), nothing else changed"),
+    "rlpatch-fold": Variant(apply={**_SAME, "lora": "fold"}, lora=True, text="the LoRA folded into the shared weights"),
+    "rlpatch-slots": Variant(apply={**_SAME, "lora": "slots"}, lora=True, text="the LoRA in vLLM's slots"),
 }
 
 
@@ -100,7 +102,9 @@ def variant_of(name: str) -> Variant:
     for setting, value in pairs.items():
         if setting not in known or not value:
             raise ValueError(f"{name!r}: {setting}={value} is no setting; known are {', '.join(sorted(known))}")
-    return replace(found, environment={f"RLPATCH_{key.upper()}": value for key, value in pairs.items()})
+    # apply's own arguments would win over the environment
+    rest = {key: value for key, value in found.apply.items() if key not in pairs}
+    return replace(found, apply=rest, environment={f"RLPATCH_{key.upper()}": value for key, value in pairs.items()})
 
 
 @dataclass
@@ -117,6 +121,7 @@ class BenchJob:
         micro_batch: Completions per forward pass; gradients are accumulated over the rest.
         prompt_tokens: Tokens of each prompt.
         completion_tokens: Tokens of every completion (the end-of-sequence token is ignored).
+        step_tokens: Instead, the tokens of each step's completions, one number per step, `completion_tokens` at most.
         rollout_tokens: So many of them are generated, and repeated up to that number (for how much memory training
             takes; the engine's does not depend on the length); None: all.
         utilization: vLLM's gpu_memory_utilization; 0: left alone.
@@ -144,6 +149,7 @@ class BenchJob:
     micro_batch: int = 8
     prompt_tokens: int = 64
     completion_tokens: int = 256
+    step_tokens: list[int] | None = None
     rollout_tokens: int | None = None
     utilization: float = 0.5
     kv_bytes: int | None = None
@@ -194,6 +200,7 @@ class BenchRun:
         self.engine_held: int | None = None
         self.engine_cached: int | None = None
         self.load: dict[str, int] = {}
+        self.resident: dict[str, int] | None = None
         self.trainer: Any = None
 
     # ---- before ------------------------------------------------------------------------------------------------
@@ -252,7 +259,7 @@ class BenchRun:
         ])  # fmt: skip
         if self.variant.apply is not None:
             os.environ.update(self.variant.environment)
-            rlpatch.apply(**{"defaults": False, **self.variant.apply})  # the other variants have TRL's
+            rlpatch.apply(**self.variant.apply)
         elif not cuda:  # plain TRL cannot push weights into the packed ones of vLLM's CPU backend
             rlpatch.apply(include=["cpu_weights"])
         import trl.generation.vllm_generation
@@ -374,21 +381,56 @@ class BenchRun:
         return result
 
     def _generate(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        most = self.job.completion_tokens
-        short = self.job.rollout_tokens if self.job.rollout_tokens is not None else most
-        if short < most:
+        job = self.job
+        most = (
+            job.step_tokens[min(self.clock.step, len(job.step_tokens) - 1)]
+            if job.step_tokens
+            else job.completion_tokens
+        )
+        holds = self.kv.get("tokens")
+        if holds and most + job.prompt_tokens > holds:  # shortened rollouts would hide it
+            self.stage = TOO_LONG
+            raise MemoryError(f"{most} tokens after {job.prompt_tokens} are more than the KV cache's {holds}")
+        short = min(most, job.rollout_tokens if job.rollout_tokens is not None else most)
+        if short < job.completion_tokens:
             prompts, params, *others = *args, *([kwargs.pop("sampling_params")] if len(args) == 1 else [])
             params = params.clone()
             params.max_tokens = short
             args = (prompts, params, *others)
         with self.clock.phase("generate"):
             outputs = wrapped(*args, **kwargs)
+        if self.clock.step == job.steps - 1:
+            self.resident = self._resident(instance)
         ends = [one for output in outputs for one in output.outputs]
         self.tokens += sum(len(one.token_ids) for one in ends)
         for one in ends if short < most else ():
             one.token_ids = _repeated(one.token_ids, most)
             one.logprobs = _repeated(one.logprobs, most) if one.logprobs else one.logprobs
         return outputs
+
+    def _resident(self, llm: Any) -> dict[str, int] | None:
+        """Bytes behind the tensors of both sides while tokens are generated, each address counted once.
+
+        ``parameters`` is a number: of what both hold together. None, with a line in the log: they cannot be counted.
+        """
+        from rlpatch.engine import Engine
+        from rlpatch.sharing.account import resident_bytes
+
+        try:
+            trainer, engine = list(self.trainer.model.parameters()), list(Engine(llm).model.parameters())
+            optimizer, own = self.trainer.optimizer, {id(parameter) for parameter in trainer}
+            stepped = [p for group in optimizer.param_groups for p in group["params"]]
+            return {
+                "parameters": sum(parameter.numel() for parameter in trainer),
+                "trainer": resident_bytes(trainer),
+                "engine": resident_bytes(engine),
+                "both": resident_bytes([*trainer, *engine]),
+                "masters": resident_bytes(p for p in stepped if id(p) not in own),
+                "optimizer_state": resident_bytes(tensors_in(optimizer.state.values())),
+            }
+        except (AttributeError, TypeError) as error:
+            print(f"what is resident is unknown: {error}", file=sys.stderr)
+            return None
 
     def _empty_cache(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A phase of its own: where the KV cache's restore and TRL's own calls make room for what comes."""
@@ -444,6 +486,8 @@ class BenchRun:
                 job.model, dtype=torch.bfloat16 if self.cuda else torch.float32
             )
         self.seconds["load"] = time.perf_counter() - start
+        if job.step_tokens and self.variant.apply is None and _fits_length():
+            length = -1  # what the KV cache of this utilization can hold; shorter completions train all the same
         settings: dict[str, Any] = dict(
             output_dir=job.output or tempfile.mkdtemp(prefix="rlpatch-bench-"),
             use_vllm=True,
@@ -521,9 +565,16 @@ class BenchRun:
                 now = time.perf_counter()
                 run.rows.append(run.row(now - self.began, run.tokens - self.tokens))
                 run.spans.append((self.began, now))
-                run.emit("progress", {"step": len(run.rows), "seconds": now - self.began})
+                run.emit(
+                    "progress",
+                    {"step": len(run.rows), "seconds": now - self.began, "generated": run.rows[-1]["tokens"]},
+                )
                 run.clock.step += 1
                 self.began, self.tokens = now, run.tokens
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+                if "loss" in logs:
+                    run.emit("trained", logs.get(METRICS["completion_length"]))
 
         return Steps()
 
@@ -600,6 +651,7 @@ class BenchRun:
                 "engine_held": self.engine_held,
                 "engine_cached": self.engine_cached,
                 "load": self._load_memory(samples, intervals),
+                "resident": self.resident,
                 "watch_error": self.watch.error,
             },
             "timeline": {
@@ -629,6 +681,21 @@ def medians(rows: list[dict[str, Any]], kv_bytes: int | None) -> dict[str, Any]:
     return found
 
 
+def tensors_in(values: Iterable[Any]) -> list[Any]:
+    """Tensors in nested dicts and lists."""
+    import torch
+
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            found += tensors_in(value.values())
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
+
+
 def make_prompts(tokenizer: Any, tokens: int, count: int = 64) -> tuple[list[str], int]:
     """`count` different texts of `tokens` tokens each, and the longest's real length in tokens.
 
@@ -641,6 +708,13 @@ def make_prompts(tokenizer: Any, tokens: int, count: int = 64) -> tuple[list[str
         text = " ".join(words[(7 * i + 3 * j + (j // 5) * i) % len(words)] for j in range(tokens))
         prompts.append(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]))
     return prompts, max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+
+
+def _fits_length() -> bool:
+    """Whether this vLLM takes a ``max_model_len`` of -1 for as much as its KV cache can hold."""
+    from vllm.v1.core import kv_cache_utils
+
+    return hasattr(kv_cache_utils, "_auto_fit_max_model_len")
 
 
 def _compiled() -> set[str]:

@@ -56,12 +56,14 @@ def test_a_sweep_that_generates_less_than_it_trains(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "rlpatch", "bench", "--shape", "tiny", "--variants", "rlpatch", "--completions", "2",
         "--prompt-tokens", "8", "--kv-gib", "0.125", "--eager", "--models", str(tmp_path / "models"), "--out",
-        str(tmp_path), "--name", "sweep", "--sweep-context", "--sweep-step", "64", "--sweep-max", "64",
-        "--sweep-rollout", "6",
+        str(tmp_path), "--name", "sweep", "--sweep-context", "--sweep-step", "32", "--sweep-max", "64",
+        "--rollout-tokens", "6",
     ]  # fmt: skip
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert answer.returncode == 0, answer.stdout + answer.stderr
     found = json.loads((tmp_path / "sweep.json").read_text())["sweep"]
-    (attempt,) = found["variants"]["rlpatch"]["attempts"]
+    first, second = found["variants"]["rlpatch"]["attempts"]
     assert found["rollout"] == 6 and found["variants"]["rlpatch"]["best"] == 64
-    assert attempt["detail"]["generated"] == [2 * 6] * 2 and attempt["detail"]["trained"] == [64.0] * 2
+    assert first["detail"]["generated"] == second["detail"]["generated"] == 2 * 6
+    assert (first["detail"]["trained"], second["detail"]["trained"]) == (32.0, 64.0)
+    assert found["variants"]["rlpatch"]["kv"]["bytes"] == 128 << 20

@@ -13,7 +13,7 @@ import pytest
 from rlpatch.bench import command, plot, shapes
 from rlpatch.bench.command import Attempt, Runner
 from rlpatch.bench.memory_watch import Clock, Interval, decimate, innermost_over_time, memory_by_phase, timeline
-from rlpatch.bench.run import BenchJob, is_out_of_memory, medians
+from rlpatch.bench.run import TOO_LONG, VARIANTS, BenchJob, Variant, is_out_of_memory, medians, variant_of
 
 GIB = 2**30
 
@@ -37,7 +37,11 @@ GIB = 2**30
         (["--sweep-utilization", "0.3,x"], "--sweep-utilization"),
         (["--sweep-max", "100"], "--sweep-max 100: less than --sweep-step 512"),
         (["--sweep-start", "100"], "--sweep-start 100: between"),
-        (["--sweep-rollout", "0"], "--sweep-rollout 0: at least 1"),
+        (["--sweep-utilization", "0.3:0.4:0.5"], "--sweep-utilization 0.3:0.4:0.5: one list, or with colons"),
+        (["--rollout-tokens", "0"], "--rollout-tokens 0: at least 1"),
+        (["--sweep-start", "512,x"], "--sweep-start 512,x: numbers"),
+        (["--sweep-start", "512,512"], "--sweep-start 512,512: one number, or one for each of trl, trl-sleep, rlpatch"),
+        (["--grow-from", "300"], "--grow-from 300: more than --completion-tokens 256"),
         (["--model", "/nowhere"], "--model /nowhere: no such checkpoint folder"),
         (["--shape", "9b"], "invalid choice"),
         (["--name", "a/b"], "--name a/b: a file name without folders"),
@@ -62,6 +66,38 @@ def test_defaults() -> None:
     assert command.job_from(command.parse(["--kv-gib", "2", "--utilization", "0.4"]), "").utilization == 0.4
 
 
+def test_utilizations_are_tried_for_variants_of_trl() -> None:
+    assert command.parse(["--sweep-utilization", "0.3,0.4:0.5"]).sweep_utilization == {
+        "trl": [0.3, 0.4], "trl-sleep": [0.5],
+    }  # fmt: skip
+    assert command.parse(["--variants", "rlpatch,trl"]).sweep_utilization == {"trl": [0.3, 0.5, 0.7, 0.9]}
+    assert command.parse(["--variants", "rlpatch"]).sweep_utilization == {}
+
+
+def test_completions_grow_evenly_to_the_longest() -> None:
+    job = command.job_from(command.parse(["--grow-from", "16", "--completion-tokens", "100", "--steps", "4"]), "")
+    assert job.step_tokens == [16, 44, 72, 100]
+    assert command.job_from(command.parse(["--completion-tokens", "100"]), "").step_tokens is None
+
+
+@pytest.mark.parametrize("change", ["defaults=yes", "lora=slots", "one_forward=no"])
+def test_what_a_variant_s_name_sets_is_in_force(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rlpatch takes a variable only where nothing was passed, so a name's setting may not be passed as well."""
+    from rlpatch.settings import resolve
+
+    def settings(variant: Variant) -> Any:
+        names = ("standby", "share_weights", "defaults", "lora", "include", "exclude", "strict")
+        given = {**dict.fromkeys(names), **(variant.apply or {})}
+        return resolve(**given, known=("standby", "one_forward", "fold"))
+
+    plain, variant = settings(VARIANTS["rlpatch-fold"]), variant_of(f"rlpatch-fold:{change}")
+    for name, value in variant.environment.items():
+        monkeypatch.setenv(name, value)
+    changed = settings(variant)
+    assert plain != changed
+    assert getattr(changed, change.split("=")[0]) == {"yes": True, "no": False, "slots": "slots"}[change.split("=")[1]]
+
+
 def test_order_alternates() -> None:
     assert command.order(["a", "b", "c"], 3) == list("abccbaabc")
 
@@ -69,10 +105,16 @@ def test_order_alternates() -> None:
 # ---- the search ------------------------------------------------------------------------------------------------------
 
 
-def oracle(limit: int, trials: list[int]) -> Any:
-    def trial(tokens: int) -> Attempt:
-        trials.append(tokens)
-        return Attempt(tokens, tokens <= limit)
+def oracle(limit: int, rounds: list[list[int]], engine: int = 10**9) -> Any:
+    """Trains up to `limit` tokens; engines cannot be built for more than `engine`."""
+
+    def trial(lengths: list[int]) -> list[Attempt]:
+        rounds.append(lengths)
+        assert lengths == sorted(set(lengths)) and len(lengths) <= 8
+        if lengths[-1] > engine:
+            return [Attempt(lengths[-1], False)]
+        passed = [Attempt(tokens, True) for tokens in lengths if tokens <= limit]
+        return [*passed, *(Attempt(tokens, False) for tokens in lengths[len(passed) :][:1])]
 
     return trial
 
@@ -80,28 +122,75 @@ def oracle(limit: int, trials: list[int]) -> Any:
 LIMITS = (0, 511, 512, 1023, 1024, 5000, 77_777, 131_071, 131_072, 10**9)
 
 
+@pytest.mark.parametrize("engine", [10**9, 60_000, 700])
 @pytest.mark.parametrize("first", [0, 512, 4096, 100_000])
 @pytest.mark.parametrize(
     ("limit", "known"), [(limit, known) for limit in LIMITS for known in (0, 512, 4096) if known <= limit]
 )
-def test_search_finds_the_longest_multiple(limit: int, known: int, first: int) -> None:
-    trials: list[int] = []
-    best, attempts, complete = command.longest(oracle(limit, trials), step=512, most=131_072, first=first, known=known)
+def test_search_finds_the_longest_multiple(limit: int, known: int, first: int, engine: int) -> None:
+    rounds: list[list[int]] = []
+    best, attempts, complete = command.longest(
+        oracle(limit, rounds, engine), step=512, most=131_072, first=first, known=known
+    )
     assert complete
-    assert best == min(limit, 131_072) // 512 * 512
-    assert len(trials) == len(set(trials)) == len(attempts) <= 18
+    assert best == max(known, min(limit, 131_072, engine) // 512 * 512)
+    tried = [attempt.tokens for attempt in attempts]
+    assert len(tried) == len(set(tried)) and len(rounds) <= 16
 
 
 def test_settings_that_do_no_better_cost_one_trial() -> None:
-    trials: list[int] = []
-    assert command.longest(oracle(5000, trials), step=512, most=131_072, known=8192)[0] == 8192
-    assert trials == [8704]
+    rounds: list[list[int]] = []
+    best, attempts, _ = command.longest(oracle(5000, rounds), step=512, most=131_072, known=8192)
+    assert best == 8192
+    assert [attempt.tokens for attempt in attempts] == [8704]
+
+
+def test_a_good_guess_costs_one_process() -> None:
+    rounds: list[list[int]] = []
+    assert command.longest(oracle(43_100, rounds), step=2048, most=131_072, first=38_912)[0] == 43_008
+    assert rounds == [[38_912 + 2048 * i for i in range(8)]]
 
 
 def test_search_ends_with_the_time() -> None:
-    trials: list[int] = []
-    best, _, complete = command.longest(oracle(10**9, trials), step=512, most=131_072, in_time=lambda: len(trials) < 3)
-    assert (best, complete, trials) == (2048, False, [512, 1024, 2048])
+    rounds: list[list[int]] = []
+    best, _, complete = command.longest(oracle(10**9, rounds), step=512, most=131_072, in_time=lambda: len(rounds) < 2)
+    assert (best, complete) == (6144, False)
+    assert rounds == [[512, 1024, 1536], [2048, 2560, 3072, 3584, 4096, 5120, 6144]]
+
+
+def run_of(rows: int, **found: Any) -> dict[str, Any]:
+    return {"rows": [{"seconds": 1.0, "generated": 6, "trained": 8.0}] * rows, "engine": {"tokens": 64}, **found}
+
+
+def memory_out(stage: str, phase: str | None = None) -> dict[str, Any]:
+    return {"error": {"text": "CUDA out of memory", "stage": stage, "phase": phase, "out_of_memory": True}}
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (run_of(4, result={}), [(1, True), (2, True), (3, True)]),
+        (run_of(2, **memory_out("train", "train")), [(1, True), (2, True), (3, False)]),
+        (run_of(0, **memory_out("train", "train")), [(1, False)]),
+        (run_of(0, **memory_out("rollout", "restore")), [(1, False)]),
+        # what the training of 2 left behind is in the way of a rollout
+        (run_of(2, **memory_out("rollout", "restore")), [(1, True), (2, False)]),
+        (run_of(2, **memory_out("train", "sync")), [(1, True), (2, False)]),
+        # nothing is in the way but the length
+        (run_of(2, **memory_out(TOO_LONG, "rollout")), [(1, True), (2, True), (3, False)]),
+        (run_of(0, **memory_out(TOO_LONG, "rollout")), [(1, False)]),
+        # the longest, once more
+        (run_of(3, **memory_out("rollout", "restore")), [(1, True), (2, True), (3, False)]),
+        (run_of(3, **memory_out("train", "train")), [(1, True), (2, True), (3, False)]),
+        # the engine is built for the longest
+        (run_of(0, **memory_out("engine start")), [(3, False)]),
+        ({"skipped": "no sleep mode"}, []),
+    ],
+)
+def test_what_a_process_of_several_lengths_says(run: dict[str, Any], expected: list[tuple[int, bool]]) -> None:
+    attempts = command.attempts_of([1, 2, 3], run)
+    assert [(attempt.tokens, attempt.ok) for attempt in attempts] == expected
+    assert all(attempt.detail and attempt.detail["kv"] == {"tokens": 64} for attempt in attempts)
 
 
 # ---- clock and memory ------------------------------------------------------------------------------------------------
