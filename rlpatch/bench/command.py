@@ -59,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
     ) + "; settings of rlpatch's behind one, as in rlpatch:one_forward=no (default: trl,trl-sleep,rlpatch; with --lora "
     "both ways of rlpatch to bring it)")  # fmt: skip
     what.add_argument(
+        "--random-weights", action="store_true",
+        help="--shape's config and tokenizer alone are written; the trainer's weights are made in its memory, and plain "
+        "TRL's engine finds none (for models larger than the disk)",
+    )  # fmt: skip
+    what.add_argument(
         "--precision", choices=("object", "script"), default="object",
         help="object: the trainer gets a bf16 model object; script: the path, which TRL loads in fp32",
     )  # fmt: skip
@@ -107,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
         "--sweep-utilization",
         default="0.3,0.5,0.7,0.9",
         metavar="U,V",
-        help="tried for TRL, with colons between lists one for each of its variants; rlpatch plans",
+        help="tried for TRL while rlpatch plans; with colons between lists one for each variant of TRL, or of all",
     )
 
     output = made.add_argument_group("output")
@@ -178,14 +183,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not all(part and all(0 < u <= 1 for u in part) for part in tried):
         made.error("--sweep-utilization: numbers between 0 and 1")
     plain = [name for name in options.variants if variant_of(name).apply is None]
-    if len(tried) not in (1, len(plain)):
+    for names in (plain, options.variants):
+        if len(tried) in (1, len(names)):
+            tried = tried * len(names) if len(tried) == 1 else tried
+            options.sweep_utilization = dict(zip(names, tried, strict=True))
+            break
+    else:
         refuse("sweep-utilization", f"one list, or with colons between one for each of {', '.join(plain)}")
-    options.sweep_utilization = dict(zip(plain, tried * (len(plain) if len(tried) == 1 else 1), strict=True))
     if options.model is not None:
         if options.shape is not None:
             made.error("--model and --shape: one of them")
         if not (Path(options.model) / "config.json").is_file():
             refuse("model", "no such checkpoint folder (it has no config.json)")
+    if options.random_weights and (options.model is not None or options.precision != "object"):
+        made.error("--random-weights: with --shape and --precision object")
     if options.name is not None and (Path(options.name).name != options.name or options.name in ("", ".", "..")):
         refuse("name", "a file name without folders")
     return options
@@ -221,7 +232,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
     if options.emulate_gib is not None and not device["cuda"]:
         raise BenchError("--emulate-gib needs a GPU")
     shape = options.shape or (None if options.model else ("0.6b" if device["cuda"] else shapes.TINY))
-    model = _checkpoint(options, shape, device)
+    model = _checkpoint(options, shape, device, options.random_weights)
     job = job_from(options, model)
     versions = {library: str(installed(library).version) for library in LIBRARIES}
     title = shape or Path(model).resolve().name
@@ -288,6 +299,7 @@ def job_from(options: argparse.Namespace, model: str) -> BenchJob:
         phase_sync=not options.no_phase_sync,
         lora=options.lora,
         optim=options.optim,
+        random_weights=options.random_weights,
         learning_rate=options.learning_rate,
         check_base=options.check_base,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -897,15 +909,16 @@ def _device() -> dict[str, Any]:
     return found[-1]
 
 
-def _checkpoint(options: argparse.Namespace, shape: str | None, device: dict[str, Any]) -> str:
+def _checkpoint(options: argparse.Namespace, shape: str | None, device: dict[str, Any], bare: bool = False) -> str:
+    """The folder of `--model` or of `shape`, made if need be; `bare`: config and tokenizer without weights."""
     if shape is None:
         return str(options.model)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parent = Path(options.models) if options.models else cache / "rlpatch" / "models"
-    folder = parent / f"{shape}-{'bf16' if device['cuda'] else 'cpu'}"
+    folder = parent / f"{shape}-{'bf16' if device['cuda'] else 'cpu'}{'-bare' if bare else ''}"
     if not shapes.present(shape, folder):
         with Progress(f"making {shape} in {folder}") as progress:
-            command = [sys.executable, "-m", "rlpatch.bench.shapes", shape, str(folder)]
+            command = [sys.executable, "-m", "rlpatch.bench.shapes", shape, str(folder), *(["--bare"] if bare else [])]
             made = subprocess.run(command, capture_output=True, text=True, env=_environment())
             progress.end("failed" if made.returncode else "done")
         if made.returncode:

@@ -114,6 +114,7 @@ class BenchJob:
     Attributes:
         variant: See `variant_of`.
         model: Checkpoint folder.
+        random_weights: `model` holds a config and a tokenizer; the trainer's weights are made in its memory.
         precision: ``"object"``: a bf16 model object (fp32 on CPU); ``"script"``: the path, as plain scripts give it.
         steps: Optimizer steps.
         warmup: Leading steps left out of medians and of memory by phase.
@@ -141,6 +142,7 @@ class BenchJob:
 
     variant: str
     model: str
+    random_weights: bool = False
     precision: str = "object"
     steps: int = 6
     warmup: int = 2
@@ -471,8 +473,9 @@ class BenchRun:
         import torch
         import trl
         from datasets import Dataset
-        from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
+        from rlpatch.bench import shapes
         from rlpatch.demo.worker import engine_defaults, reward_target_words
 
         job = self.job
@@ -481,7 +484,13 @@ class BenchRun:
         length = -(-(longest + job.completion_tokens) // 16) * 16
         start = time.perf_counter()
         model: Any = job.model
-        if job.precision == "object":
+        if job.random_weights:
+            config = AutoConfig.from_pretrained(job.model)
+            if not self.cuda:
+                config.dtype = torch.float32
+            model = shapes.random_model(config, job.seed)
+            model.config._name_or_path = model.name_or_path = job.model
+        elif job.precision == "object":
             model = AutoModelForCausalLM.from_pretrained(
                 job.model, dtype=torch.bfloat16 if self.cuda else torch.float32
             )

@@ -1,7 +1,8 @@
-"""Checkpoints of published shapes with random weights: ``python -m rlpatch.bench.shapes SHAPE FOLDER``.
+"""Checkpoints of published shapes with random weights: ``python -m rlpatch.bench.shapes SHAPE FOLDER [--bare]``.
 
 Memory and speed do not depend on what the weights say, so these stand in for the real ones on hosts that reach no model
-hub. Made in bfloat16, on the GPU when there is one (8b: under 20 s on an H200). ``tiny`` is the demo's model.
+hub. Made in bfloat16, on the GPU when there is one (8b: under 20 s on an H200); ``--bare`` leaves the weights out. ``tiny``
+is the demo's model.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def _identity(shape: str) -> dict[str, Any]:
     return {"shape": shape, "positions": POSITIONS, "format": 1}
 
 
-def write(shape: str, folder: str | Path, seed: int = 0) -> bool:
-    """Make the checkpoint of `shape` in `folder` unless it is there already.
+def write(shape: str, folder: str | Path, seed: int = 0, bare: bool = False) -> bool:
+    """Make the checkpoint of `shape` in `folder` unless it is there already; `bare`: without weights.
 
     Returns:
         Whether it was made.
@@ -60,14 +61,15 @@ def write(shape: str, folder: str | Path, seed: int = 0) -> bool:
     if shape == TINY:
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         tiny.write_model(folder, seed=seed, dtype=dtype, max_position_embeddings=POSITIONS)
+        for weights in folder.glob("*.safetensors") if bare else ():
+            weights.unlink()
     else:
-        _write_qwen3(SHAPES[shape], folder, seed)
+        _write_qwen3(SHAPES[shape], folder, seed, bare)
     (folder / _MARKER).write_text(json.dumps(_identity(shape)))  # last: an unfinished folder is not `present`
     return True
 
 
-def _write_qwen3(shape: dict[str, Any], folder: Path, seed: int) -> None:
-    import torch
+def _write_qwen3(shape: dict[str, Any], folder: Path, seed: int, bare: bool) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from rlpatch.demo import tiny
@@ -88,23 +90,29 @@ def _write_qwen3(shape: dict[str, Any], folder: Path, seed: int) -> None:
         dtype="bfloat16",
         **fields,
     )
+    config.architectures = [Qwen3ForCausalLM.__name__]
+    if bare:
+        config.save_pretrained(folder)
+    else:
+        random_model(config, seed).save_pretrained(folder)
+
+
+def random_model(config: Any, seed: int = 0) -> Any:
+    """The causal language model of `config`, in its dtype, made where it is to be: on the GPU when there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = Qwen3ForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForCausalLM.from_config(config, dtype=config.dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 2 or arguments[0] not in NAMES:
-        print(f"usage: python -m rlpatch.bench.shapes {{{','.join(NAMES)}}} FOLDER", file=sys.stderr)
+    if len(arguments) not in (2, 3) or arguments[0] not in NAMES or arguments[2:] not in ([], ["--bare"]):
+        print(f"usage: python -m rlpatch.bench.shapes {{{','.join(NAMES)}}} FOLDER [--bare]", file=sys.stderr)
         return 2
-    made = write(arguments[0], arguments[1])
+    made = write(arguments[0], arguments[1], bare=bool(arguments[2:]))
     print(f"{arguments[0]}: {'made' if made else 'already'} in {arguments[1]}")
     return 0
 

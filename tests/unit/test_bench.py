@@ -37,10 +37,11 @@ GIB = 2**30
         (["--sweep-utilization", "0.3,x"], "--sweep-utilization"),
         (["--sweep-max", "100"], "--sweep-max 100: less than --sweep-step 512"),
         (["--sweep-start", "100"], "--sweep-start 100: between"),
-        (["--sweep-utilization", "0.3:0.4:0.5"], "--sweep-utilization 0.3:0.4:0.5: one list, or with colons"),
+        (["--sweep-utilization", "0.3:0.4:0.5:0.6"], "--sweep-utilization 0.3:0.4:0.5:0.6: one list, or with colons"),
         (["--rollout-tokens", "0"], "--rollout-tokens 0: at least 1"),
         (["--sweep-start", "512,x"], "--sweep-start 512,x: numbers"),
         (["--sweep-start", "512,512"], "--sweep-start 512,512: one number, or one for each of trl, trl-sleep, rlpatch"),
+        (["--random-weights", "--precision", "script"], "--random-weights: with --shape"),
         (["--grow-from", "300"], "--grow-from 300: more than --completion-tokens 256"),
         (["--model", "/nowhere"], "--model /nowhere: no such checkpoint folder"),
         (["--shape", "9b"], "invalid choice"),
@@ -72,6 +73,8 @@ def test_utilizations_are_tried_for_variants_of_trl() -> None:
     }  # fmt: skip
     assert command.parse(["--variants", "rlpatch,trl"]).sweep_utilization == {"trl": [0.3, 0.5, 0.7, 0.9]}
     assert command.parse(["--variants", "rlpatch"]).sweep_utilization == {}
+    chosen = command.parse(["--variants", "rlpatch,trl", "--sweep-utilization", "0.7:0.3,0.4"]).sweep_utilization
+    assert chosen == {"rlpatch": [0.7], "trl": [0.3, 0.4]}
 
 
 def test_completions_grow_evenly_to_the_longest() -> None:
