@@ -474,8 +474,14 @@ class Colocation:
             _building.reset(token)
 
     @contextlib.contextmanager
-    def constructing(self) -> Iterator[Crowded | None]:
-        """Around the construction and filling of the engine's model; see `rlpatch.sharing.late` for crowded devices."""
+    def constructing(
+        self, outside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> Iterator[Crowded | None]:
+        """Around the construction and filling of the engine's model; see `rlpatch.sharing.late` for crowded devices.
+
+        Args:
+            outside: A context in which the engine's memory pool is not in use.
+        """
         tensors = [slot.tensor for slot in self.slots]
         if self.refusal is not None or not tensors:
             yield None
@@ -489,7 +495,7 @@ class Colocation:
             "rlpatch: the weights (%d MiB) do not fit twice (%d MiB are free): the engine takes them tensor by tensor",
             needed >> 20, free >> 20,
         )  # fmt: skip
-        with Crowded(device) as crowded:
+        with Crowded(device, outside) as crowded:
             self._crowded = crowded
             try:
                 yield crowded

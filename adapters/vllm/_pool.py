@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -134,6 +136,34 @@ def expandable_segments_refused() -> str | None:
         "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True, and this vLLM's memory pool asserts that they are off; take "
         "them out to have standby"
     )
+
+
+@contextlib.contextmanager
+def outside_the_pool() -> Iterator[None]:
+    """Leave vLLM's memory pool for a moment, if it is in use.
+
+    Meanwhile torch gives nothing back to the device, whatever pool it is cached in: ``release_cached_blocks`` asks for
+    ``captures_underway.empty()`` (c10/cuda/CUDACachingAllocator.cpp), and a pool in use counts as a capture. So
+    ``empty_cache`` does nothing, and an allocation that fails does not try again without the cached blocks.
+    """
+    from torch.cuda import memory
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.instance
+    entered = allocator.allocator_and_pools.get(allocator.current_tag) if allocator is not None else None
+    if not entered:
+        yield
+        return
+    pool = (entered[-1] if isinstance(entered, list) else entered)[0]  # a list from 0.33
+    # the thread's own from torch 2.8
+    begin = getattr(memory, "_cuda_beginAllocateCurrentThreadToPool", None) or memory._cuda_beginAllocateToPool
+    device = torch.cuda.current_device()
+    memory._cuda_endAllocateToPool(device, pool.id)
+    try:
+        yield
+    finally:
+        begin(device, pool.id)
+        memory._cuda_releasePool(device, pool.id)  # the reference that `begin` took beside the first one's
 
 
 def kv_memory(engine: Engine) -> PoolAllocations | ResizedStorages:

@@ -26,6 +26,7 @@ def trainer_memory_loader() -> type:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     from rlpatch import phases
+    from rlpatch.adapters.vllm._pool import outside_the_pool
     from rlpatch.sharing.trace import WriteGuard, storage_key
 
     class TrainerMemoryLoader(BaseModelLoader):
@@ -40,7 +41,7 @@ def trainer_memory_loader() -> type:
             pair = phases.building()
             if pair is None or pair.sharing is not None:
                 return super().load_model(*args, **kwargs)
-            with pair.constructing() as self.crowded:
+            with pair.constructing(outside_the_pool) as self.crowded:
                 return super().load_model(*args, **kwargs)
 
         def _from_disk(self, model: Any, model_config: Any) -> None:
@@ -224,6 +225,13 @@ RELIES = (
     ),
     Relies("vllm.config:LoadConfig.load_format"),
     Relies("vllm.engine.arg_utils:EngineArgs.load_format"),
+    # _pool.outside_the_pool
+    Relies("vllm.device_allocator.cumem:CuMemAllocator.instance"),
+    Relies("vllm.device_allocator.cumem:CuMemAllocator.current_tag"),
+    Relies(
+        "vllm.device_allocator.cumem:CuMemAllocator.use_memory_pool",
+        contains=("self.current_tag = tag", "self.allocator_and_pools"),
+    ),
     # sharing.trace: loaders end in copy_ from the tensor that they were given
     Relies(
         "vllm.model_executor.model_loader.weight_utils:default_weight_loader",

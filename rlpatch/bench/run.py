@@ -574,10 +574,9 @@ class BenchRun:
                 now = time.perf_counter()
                 run.rows.append(run.row(now - self.began, run.tokens - self.tokens))
                 run.spans.append((self.began, now))
-                run.emit(
-                    "progress",
-                    {"step": len(run.rows), "seconds": now - self.began, "generated": run.rows[-1]["tokens"]},
-                )
+                peak = max((used for moment, used in run.watch.samples if moment >= self.began), default=None)
+                row = {"seconds": now - self.began, "generated": run.rows[-1]["tokens"], "memory_peak": peak}
+                run.emit("progress", {"step": len(run.rows), **row})
                 run.clock.step += 1
                 self.began, self.tokens = now, run.tokens
 

@@ -8,6 +8,8 @@ tensors feed one by one, each being freed once the engine has it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -100,13 +102,22 @@ class Crowded(LateMemory):
 
     The engine's memory comes from a pool of its own (vLLM's for sleep mode), which cannot use blocks that torch keeps for
     the trainer.
+
+    Args:
+        outside: A context in which no such pool is in use; while one is, torch gives nothing back.
     """
 
     step = 1 << 30  # bytes freed between two such calls, each of which waits for the device
 
-    def __init__(self, device: torch.device, smallest: int = SMALLEST) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        outside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        smallest: int = SMALLEST,
+    ) -> None:
         super().__init__(smallest)
         self._device = device
+        self._outside = outside
         self._freed = self.step  # what is cached now goes first
 
     def freed(self, size: int) -> None:
@@ -114,7 +125,8 @@ class Crowded(LateMemory):
         self._freed += size
         if self._freed >= self.step and self._device.type != "cpu":
             self._freed = 0
-            torch.get_device_module(self._device).empty_cache()
+            with self._outside():
+                torch.get_device_module(self._device).empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import logging
@@ -446,7 +447,7 @@ def test_weights_that_do_not_fit_twice(trainer_of: Any, monkeypatch: pytest.Monk
     expected = generate(first)
     monkeypatch.setattr(phases, "free_bytes", lambda device: 0)
     monkeypatch.setattr(late.LateMemory.__init__, "__defaults__", (1,))
-    monkeypatch.setattr(late.Crowded.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(late.Crowded.__init__, "__defaults__", (contextlib.nullcontext, 1))
     resident: list[int] = []
     freed: list[int] = []
     fill, original = Sharing.fill, late.Crowded.freed

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -98,3 +101,24 @@ def test_free_bytes_and_the_cpu_has_no_cache_to_empty() -> None:
     assert free_bytes(torch.device("cpu")) > 1 << 20
     crowded = Crowded(torch.device("cpu"))
     crowded.freed(4 << 30)
+
+
+def test_what_is_freed_goes_back_outside_of_the_engine_s_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's calls, recorded: no such device is here."""
+    calls: list[str] = []
+
+    @contextlib.contextmanager
+    def outside() -> Iterator[None]:
+        calls.append("out")
+        yield
+        calls.append("in")
+
+    device = types.SimpleNamespace(empty_cache=lambda: calls.append("empty"))
+    monkeypatch.setattr(torch, "get_device_module", lambda which: device)
+    crowded = Crowded(torch.device("cuda"), outside)
+    crowded.freed(1)  # what was cached before
+    assert calls == ["out", "empty", "in"]
+    crowded.freed(Crowded.step - 1)
+    assert len(calls) == 3
+    crowded.freed(1)
+    assert calls == ["out", "empty", "in"] * 2
