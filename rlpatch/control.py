@@ -126,7 +126,8 @@ def context() -> Context | None:
 def _start(run: _Run, capability: str, library: str) -> None:
     """Decide one capability as far as versions tell, and arm the rest for when its module is imported."""
     if not run.settings.wants(capability):
-        run.outcomes[capability] = Outcome(capability, library, State.SKIPPED, reason="switched off")
+        off = "off unless asked for" if run.settings.off_by_default(capability) else "switched off"
+        run.outcomes[capability] = Outcome(capability, library, State.SKIPPED, reason=off)
         return
     found = versions.installed(library)
     choice = registry.choose(capability, found, probing=False)
@@ -251,6 +252,11 @@ def _precision() -> Any:
     return sys.modules.get("rlpatch.precision.model")
 
 
+def _parking() -> Any:
+    """Likewise `rlpatch.parking`, which an optimizer's adapter imports."""
+    return sys.modules.get("rlpatch.parking")
+
+
 def _text(found: versions.Installed) -> str | None:
     return str(found.version) if found.version else None
 
@@ -272,6 +278,8 @@ def revert() -> Report:
         notes = _phases().part_all() if _phases() else []
         if _precision():
             _precision().undo_all()
+        if _parking():
+            _parking().close_all()
         notes += _undo(_run)
         _run = None
         listing.clear()
@@ -307,6 +315,7 @@ def patched(**settings: Any) -> Iterator[Report]:
             "compile",
             "memory_plan",
             "one_forward",
+            "park_optimizer",
             "include",
             "exclude",
             "strict",

@@ -453,7 +453,8 @@ def _prospect(capability: str, library: str, found: Installed, settings: Setting
     """What apply() would make of one capability, as far as versions tell."""
     version = str(found.version) if found.version else None
     if not settings.wants(capability):
-        return Outcome(capability, library, State.SKIPPED, reason="switched off by the environment", found=version)
+        off = "off unless asked for" if settings.off_by_default(capability) else "switched off by the environment"
+        return Outcome(capability, library, State.SKIPPED, reason=off, found=version)
     choice = registry.choose(capability, found, probing=False)
     if choice.adapter is None:
         absent = found.version is None and found.problem is None

@@ -15,7 +15,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -397,7 +397,9 @@ class Colocation:
         room = _room(self.budget, next(slot.tensor.device for slot in self.slots), self.context.memory_limit)
         if room is None:
             return Decision(False, "no device memory to plan on the CPU (apply(memory_plan='8GiB') gives it a size)")
-        return decide_memory(self.budget, arguments, room, release)
+        parks = self.context.providers.get("park_optimizer")
+        budget = replace(self.budget, parked=parks is not None and parks(self.budget.trainer))
+        return decide_memory(budget, arguments, room, release)
 
     def _place_adapters(self) -> None:
         """The engine is complete: make the policy, or leave the adapters to TRL after all."""

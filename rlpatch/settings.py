@@ -29,6 +29,7 @@ class Settings:
         compile: A compile profile, or compile settings with commas between (see `rlpatch.compilation.profiles`).
         memory_plan: A plan sizes the KV cache where the user left vLLM's utilization alone; a number of bytes is the most
             that it may count on.
+        park_optimizer: Optimizer state waits in host memory between steps.
         one_forward: The loss takes the log-probs that scoring computed, where both are of the same weights.
         include: Only these capabilities, or None for all.
         exclude: Never these capabilities.
@@ -44,6 +45,7 @@ class Settings:
     compile: str = "default"
     memory_plan: bool | int = True
     one_forward: bool = True
+    park_optimizer: bool = False
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -58,8 +60,14 @@ class Settings:
             "standby": self.standby, "share_weights": self.share_weights, "defaults": bool(self.defaults),
             "precision": narrow, "master_weights": narrow, "compile": self.compile != "default",
             "memory_plan": bool(self.memory_plan), "one_forward": self.one_forward,
+            "park_optimizer": self.park_optimizer,
         }  # fmt: skip
         return switches.get(capability, True)
+
+    def off_by_default(self, capability: str) -> bool:
+        """Whether `capability` is off because nobody asked for it, rather than because somebody switched it off."""
+        named = {*self.exclude, *(self.include or ())}
+        return capability in ("compile", "park_optimizer") and capability not in self.explicit | named
 
 
 def _names(
@@ -86,6 +94,7 @@ def resolve(
     compile: str | None = None,
     memory_plan: bool | int | str | None = None,
     one_forward: bool | None = None,
+    park_optimizer: bool | None = None,
     include: Iterable[str] | str | None,
     exclude: Iterable[str] | str | None,
     strict: bool | None,
@@ -195,6 +204,7 @@ def resolve(
         compile=compile_settings(compile),
         memory_plan=size_or_flag("memory_plan", memory_plan),
         one_forward=flag("one_forward", one_forward, True),
+        park_optimizer=flag("park_optimizer", park_optimizer, False),
         include=included,
         exclude=excluded,
         strict=flag("strict", strict, False),

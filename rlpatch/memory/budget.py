@@ -79,6 +79,7 @@ class Budget:
         model: What it trains, adapters around it or not.
         left_alone: The user left `SETTING` at TRL's default.
         masters: See `rlpatch.memory.describe`.
+        parked: Likewise.
         head: See `rlpatch.memory.Training`.
     """
 
@@ -87,6 +88,7 @@ class Budget:
     left_alone: bool
     masters: bool = False
     head: str = TILES
+    parked: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ def _plan(
         budget.trainer,
         budget.model,
         masters=budget.masters,
+        parked=budget.parked,
         head=budget.head,
         engine_dtype=None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
         engine={

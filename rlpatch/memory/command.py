@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--lora-targets", default="all-linear", metavar="A,B", help="layers that it adapts (all-linear)")
     train.add_argument("--load-in-4bit", action="store_true", help="the base in bitsandbytes' 4 bits (QLoRA)")
     train.add_argument("--optim", default="adamw_torch_fused", help="transformers' name (default adamw_torch_fused)")
+    train.add_argument("--park-optimizer", action="store_true", help="its state in host memory between steps")
     train.add_argument(
         "--precision", choices=("bf16", "masters", "fp32"), default="bf16",
         help="weights in bf16 (default), bf16 with float32 masters, or a float32 trainer beside a bf16 engine",
@@ -170,6 +171,7 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
         dtype="float32" if options.precision == "fp32" else "bfloat16",
         masters=options.precision == "masters" and not options.lora,
         optim=options.optim,
+        parked=options.park_optimizer,
         batch=batch,
         prompt=options.max_prompt_length,
         completion=256 if completion is None else completion,

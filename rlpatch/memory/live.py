@@ -41,6 +41,7 @@ def describe(
     *,
     prompt: int | None = None,
     masters: bool = False,
+    parked: bool = False,
     head: str = TILES,
     engine_dtype: str | None = None,
     engine: Mapping[str, Any] | None = None,
@@ -52,6 +53,7 @@ def describe(
         model: The transformers or PEFT model; None: the trainer's.
         prompt: Tokens of the longest prompt, where the config has no ``max_prompt_length``.
         masters: Float32 masters are kept beside shared 16-bit weights.
+        parked: The optimizer's state waits in host memory between steps.
         head: ``"tiles"`` or ``"full"``, as this TRL computes log-probabilities (see `Training`).
         engine_dtype: vLLM's; None: the trainer's, bfloat16 if that is float32 (vLLM's ``"auto"`` does so).
         engine: Further fields of `Engine` (facts of the release, the KV cache's dtype, …).
@@ -103,6 +105,7 @@ def describe(
         compute=mixed if width(mixed) <= width(dtype) else dtype,
         masters=masters and not adapters,
         optim="unknown" if own else _optim(_of(args, "optim", "adamw_torch_fused"), notes),
+        parked=parked,
         batch=batch,
         prompt=asked,
         completion=completion,

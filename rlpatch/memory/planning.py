@@ -278,7 +278,13 @@ def _terms(model: ModelShape, training: Training, engine: Engine, margin: int) -
     add("reference model", sizes.reference, BOTH, f"{count} × {training.reference_dtype or training.dtype}",
         "trl GRPOTrainer ref_model (beta > 0, no LoRA)", True)  # fmt: skip
     how = UNKNOWN if training.optim == "unknown" else optimizer(training.optim)
-    add("optimizer state", sizes.optimizer, BOTH, f"{training.optim}, of what is trained", how.source, True)
+    moments = sizes.moments
+    totals = {name: sum(parts.values()) for name, parts in moments.items()}
+    peak = max(totals, key=lambda name: totals[name])
+    there = moments[peak]
+    where = f"{training.optim}, of what is trained" + ("; in host memory between steps" if sizes.parked else "")
+    add("optimizer state", sizes.optimizer, TRAINING if sizes.parked else BOTH, where, how.source, True,
+        not sizes.parked or "optimizer" in there)  # fmt: skip
     add(
         "DDP buckets",
         sizes.buckets,
@@ -311,11 +317,7 @@ def _terms(model: ModelShape, training: Training, engine: Engine, margin: int) -
         add(
             "fold", kept, GENERATING, "2 % of the weights, 96 MiB", "rlpatch/lora/fold_kernel.py: what the unfold needs"
         )
-    moments = sizes.moments
     always = sizes.gradients if sizes.keeps_gradients else 0
-    totals = {name: sum(parts.values()) for name, parts in moments.items()}
-    peak = max(totals, key=lambda name: totals[name])
-    there = moments[peak]
     add("gradients", sizes.gradients, BOTH if always else TRAINING,
         f"of what is trained{'; kept over rollouts within an accumulation' if always else ''}", "torch autograd", True,
         bool(always) or "gradients" in there)  # fmt: skip
@@ -391,7 +393,7 @@ _REMEDIES = {
     "LoRA": "a lower rank",
     "LoRA slots": "the fold (apply(lora='fold')), which needs none",
     "reference model": "beta=0, or a LoRA, whose base is its own reference",
-    "optimizer state": "optim='adamw_8bit' or 'adafactor', or a LoRA",
+    "optimizer state": "apply(park_optimizer=True), optim='adamw_8bit' or 'adafactor', or a LoRA",
     "gradients": "a LoRA, or 16-bit weights",
     "DDP buckets": "a LoRA",
     "saved activations": "gradient_checkpointing=True, a smaller per_device_train_batch_size or shorter completions",

@@ -33,6 +33,7 @@ class Training:
         autocast: It is autocast that makes them so; without it, float32 adapters compute in float32 beside a 16-bit base.
         masters: Float32 copies of what is trained, beside weights in `dtype` that the engine shares.
         optim: transformers' name of the optimizer.
+        parked: Its state is on the device only while it steps (`rlpatch.parking`).
         batch: Sequences in one forward and backward pass (``per_device_train_batch_size``).
         prompt: Tokens of the longest prompt.
         completion: Tokens of the longest completion.
@@ -60,6 +61,7 @@ class Training:
     autocast: bool = True
     masters: bool = False
     optim: str = "adamw_torch_fused"
+    parked: bool = False
     batch: int = 8
     prompt: int = 512
     completion: int = 256
@@ -119,6 +121,7 @@ class TrainingBytes:
         head: LM head and log-probabilities at their peak, gradient of the head's weight included.
         casts: bf16 copies of float32 weights that autocast keeps.
         step: The optimizer's temporary tensors.
+        parked: Whether the optimizer's state is there only while it steps.
         keeps_gradients: Whether rollouts happen with gradients half accumulated.
         accumulates: Whether a step has more than one backward pass.
     """
@@ -137,6 +140,7 @@ class TrainingBytes:
     step: int
     keeps_gradients: bool
     accumulates: bool
+    parked: bool = False
 
     @property
     def moments(self) -> dict[str, dict[str, int]]:
@@ -144,9 +148,11 @@ class TrainingBytes:
 
         ``"loss"``: the forward pass is over, the LM head is differentiated; gradients are there from earlier passes only.
         ``"backward"``: layer after layer checkpoints go and gradients come, so the larger of the two counts, and both
-        when gradients are accumulated. ``"step"``: gradients and what the optimizer needs.
+        when gradients are accumulated. ``"step"``: gradients and what the optimizer needs, its
+        state as well where that is parked otherwise.
         """
         earlier = {"gradients": self.gradients} if self.accumulates else {}
+        fetched = {"optimizer": self.optimizer} if self.parked else {}
         if self.accumulates:
             backward = {"gradients": self.gradients, "checkpoints": self.checkpoints, "layer": self.layer}
         else:
@@ -155,7 +161,7 @@ class TrainingBytes:
         return {
             "loss": {**earlier, "checkpoints": self.checkpoints, "head": self.head, "casts": self.casts},
             "backward": {**backward, "casts": self.casts},
-            "step": {"gradients": self.gradients, "step": self.step},
+            "step": {"gradients": self.gradients, "step": self.step, **fetched},
         }
 
     @property
@@ -383,6 +389,7 @@ def measure(model: ModelShape, training: Training) -> TrainingBytes:
         step=step,
         keeps_gradients=every % training.accumulation != 0,
         accumulates=training.accumulation > 1,
+        parked=training.parked,
     )
 
 

@@ -53,6 +53,18 @@ def trainer_of(tiny_model: str) -> Iterator[Any]:
 
 
 @pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an earlier engine has left a process group, accelerate wraps the model of a single process, too."""
+    import torch
+
+    class Bare(torch.nn.parallel.DistributedDataParallel):
+        def __new__(cls, module: Any, **_: Any) -> Any:
+            return module
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Bare)
+
+
+@pytest.fixture
 def collected() -> None:
     """Earlier engines are gone: one that is collected while a trainer is built takes the process group along."""
     import gc

@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-import torch
 import trl
 
 import rlpatch
@@ -15,17 +14,6 @@ pytestmark = pytest.mark.cpu
 
 if "vllm_importance_sampling_correction" not in {field.name for field in fields(trl.GRPOConfig)}:
     pytest.skip("this TRL scores rollouts without the trainer's log-probs", allow_module_level=True)
-
-
-@pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an earlier engine has left a process group, accelerate wraps the model of a single process, too."""
-
-    class Bare(torch.nn.parallel.DistributedDataParallel):
-        def __new__(cls, module: Any, **_: Any) -> Any:
-            return module
-
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Bare)
 
 
 KEYS = ("loss", "grad_norm", "entropy", "reward", "sampling/sampling_logp_difference/mean", "kl")

@@ -106,6 +106,20 @@ def test_masters_add_four_bytes_and_a_float32_state() -> None:
     assert made["gradients"].bytes == 2 * EIGHT.parameters
 
 
+def test_a_parked_state_is_there_while_it_steps() -> None:
+    here, away = make(), make(parked=True)
+    state = next(term for term in here.terms if term.name == "optimizer state").bytes
+    assert here.generating - away.generating == state
+    assert (here.peak, away.peak) == ("backward", "step")  # gradients and state are more than activations are now
+    moved = next(term for term in away.terms if term.name == "optimizer state")
+    assert (moved.bytes, moved.resident, moved.at_peak) == (state, "training", True)
+    assert here.training > away.training
+    long = {"completion": 60_000, "batch": 2}
+    here, away = make(**long), make(parked=True, **long)
+    assert away.peak != "step" and here.training - away.training == state
+    assert away.training_context > here.training_context
+
+
 def test_a_float32_trainer_does_not_share() -> None:
     made = make(SMALL, dtype="float32")
     assert made["weights of the trainer"].bytes == 4 * SMALL.parameters

@@ -180,6 +180,15 @@ def _by_number(capability: str, found: Installed, *, probing: bool, options=None
     return _choose(capability, found, probing=probing, options=pool)
 
 
+def test_what_is_off_until_asked_for_says_so() -> None:
+    with rlpatch.patched() as report:
+        assert report["park_optimizer"].reason == report["compile"].reason == "off unless asked for"
+    with rlpatch.patched(park_optimizer=False, exclude=["compile"]) as report:
+        assert report["park_optimizer"].reason == report["compile"].reason == "switched off"
+    with rlpatch.patched(park_optimizer=True) as report:
+        assert report["park_optimizer"].reason != "off unless asked for"
+
+
 def test_report_is_data() -> None:
     with rlpatch.patched(standby=False) as report:
         assert report["standby"].state is State.SKIPPED and report["standby"].reason == "switched off"
