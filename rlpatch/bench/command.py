@@ -243,7 +243,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         "schema": SCHEMA,
         "name": name,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m rlpatch bench " + shlex.join(argv),
+        "command": "python -m rlpatch bench " + said(argv),
         "versions": {"rlpatch": _own_version(), "python": sys.version.split()[0], **versions},
         "device": {**device, "emulated_gib": options.emulate_gib},
         "model": title,
@@ -310,6 +310,18 @@ def job_from(options: argparse.Namespace, model: str) -> BenchJob:
 def _growing(first: int, last: int, steps: int) -> list[int]:
     """From `first` to `last` in `steps` even steps."""
     return [last - (last - first) * (steps - 1 - i) // max(1, steps - 1) for i in range(steps)]
+
+
+def said(argv: Sequence[str]) -> str:
+    """The command line for a result, without options that only say where this machine keeps things."""
+    places = ("--models", "--out", "--logs")
+    kept: list[str] = []
+    skip = False
+    for word in argv:
+        if not skip and word.partition("=")[0] not in places:
+            kept.append(word)
+        skip = not skip and word in places
+    return shlex.join(kept)
 
 
 def order(variants: Sequence[str], repeat: int) -> list[str]:

@@ -11,7 +11,6 @@ import argparse
 import math
 import os
 import re
-import shlex
 import shutil
 import statistics
 import sys
@@ -33,6 +32,7 @@ from rlpatch.bench.command import (
     failure,
     order,
     render,
+    said,
     split,
     write_json,
 )
@@ -159,7 +159,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m rlpatch.bench.compile " + shlex.join(argv),
+        "command": "python -m rlpatch.bench.compile " + said(argv),
         "versions": {"rlpatch": _own_version(), "python": sys.version.split()[0], **versions},
         "device": {**device, "cores": os.cpu_count()},
         "model": title,

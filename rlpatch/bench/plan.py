@@ -10,7 +10,6 @@ import argparse
 import math
 import os
 import re
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from rlpatch.bench.command import (
     ballast,
     failure,
     render,
+    said,
     split,
     write_json,
 )
@@ -164,7 +164,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m rlpatch.bench.plan " + shlex.join(argv),
+        "command": "python -m rlpatch.bench.plan " + said(argv),
         "versions": {"rlpatch": _own_version(), "python": sys.version.split()[0], **versions},
         "device": {**device, "emulated_gib": options.emulate_gib, "cores": os.cpu_count()},
         "job": {k: v for k, v in asdict(job).items() if k not in ("variant", "model", "output", "setting")},

@@ -643,7 +643,7 @@ class BenchRun:
         since, until = (spans[0][0], spans[-1][1]) if spans else (self.training_from, self.training_until)
         status = None if self.variant.apply is None else rlpatch.status().as_dict()
         return {
-            "job": asdict(self.job),
+            "job": told_job(self.job),
             "device": torch.cuda.get_device_name() if self.cuda else "CPU",
             "seconds": {**self.seconds, "training": self.training_until - self.training_from},
             "engine_cache": self.cache,
@@ -716,6 +716,13 @@ def make_prompts(tokenizer: Any, tokens: int, count: int = 64) -> tuple[list[str
         text = " ".join(words[(7 * i + 3 * j + (j // 5) * i) % len(words)] for j in range(tokens))
         prompts.append(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]))
     return prompts, max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+
+
+def told_job(job: BenchJob) -> dict[str, Any]:
+    """The job for a result: its model by name, without the folders that this machine happens to use."""
+    fields = asdict(job)
+    folders = ("output", "caches")
+    return {k: Path(v).name if k == "model" else v for k, v in fields.items() if k not in folders}
 
 
 def _fits_length() -> bool:

@@ -29,11 +29,11 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlpatch.bench.run import BenchJob, told
+from rlpatch.bench.run import BenchJob, told, told_job
 
 START = "engine start"
 ESTIMATE = "graph estimate"
@@ -146,7 +146,7 @@ class Start:
 
         (pair,) = rlpatch.status().pairs
         return {
-            "job": asdict(job),
+            "job": told_job(job),
             "device": torch.cuda.get_device_name() if cuda else "CPU",
             "versions": {n: str(installed(n).version) for n in ("vllm", "torch", "triton")},
             "seconds": self.seconds,

@@ -13,7 +13,7 @@ import pytest
 from rlpatch.bench import command, plot, shapes
 from rlpatch.bench.command import Attempt, Runner
 from rlpatch.bench.memory_watch import Clock, Interval, decimate, innermost_over_time, memory_by_phase, timeline
-from rlpatch.bench.run import TOO_LONG, VARIANTS, BenchJob, Variant, is_out_of_memory, medians, variant_of
+from rlpatch.bench.run import TOO_LONG, VARIANTS, BenchJob, Variant, is_out_of_memory, medians, told_job, variant_of
 
 GIB = 2**30
 
@@ -99,6 +99,13 @@ def test_what_a_variant_s_name_sets_is_in_force(change: str, monkeypatch: pytest
     changed = settings(variant)
     assert plain != changed
     assert getattr(changed, change.split("=")[0]) == {"yes": True, "no": False, "slots": "slots"}[change.split("=")[1]]
+
+
+def test_results_do_not_say_where_a_machine_keeps_things() -> None:
+    argv = ["--shape", "8b", "--models", "/a/b", "--out=/c", "--logs", "--models", "--name", "x y"]
+    assert command.said(argv) == "--shape 8b --name 'x y'"
+    told = told_job(BenchJob(variant="trl", model="/a/b/8b-bf16", output="/tmp/x"))
+    assert told["model"] == "8b-bf16" and "output" not in told
 
 
 def test_order_alternates() -> None:
