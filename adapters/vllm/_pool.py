@@ -146,24 +146,30 @@ def outside_the_pool() -> Iterator[None]:
     ``captures_underway.empty()`` (c10/cuda/CUDACachingAllocator.cpp), and a pool in use counts as a capture. So
     ``empty_cache`` does nothing, and an allocation that fails does not try again without the cached blocks.
     """
-    from torch.cuda import memory
     from vllm.device_allocator.cumem import CuMemAllocator
 
     allocator = CuMemAllocator.instance
     entered = allocator.allocator_and_pools.get(allocator.current_tag) if allocator is not None else None
-    if not entered:
+    begin, end = (
+        _torch("beginAllocateCurrentThreadToPool", "beginAllocateToPool"),
+        _torch("endAllocateToPool", "endAllocateCurrentStreamToPool"),
+    )
+    if not entered or begin is None or end is None:
         yield
         return
     pool = (entered[-1] if isinstance(entered, list) else entered)[0]  # a list from 0.33
-    # the thread's own from torch 2.8
-    begin = getattr(memory, "_cuda_beginAllocateCurrentThreadToPool", None) or memory._cuda_beginAllocateToPool
     device = torch.cuda.current_device()
-    memory._cuda_endAllocateToPool(device, pool.id)
+    end(device, pool.id)
     try:
         yield
     finally:
         begin(device, pool.id)
-        memory._cuda_releasePool(device, pool.id)  # the reference that `begin` took beside the first one's
+        torch.cuda.memory._cuda_releasePool(device, pool.id)  # the reference that `begin` took beside the first one's
+
+
+def _torch(*names: str) -> Any:
+    """What ``torch.cuda.use_mem_pool`` calls, by its name since torch 2.8, or before; None: by neither."""
+    return next((f for name in names if (f := getattr(torch.cuda.memory, f"_cuda_{name}", None)) is not None), None)
 
 
 def kv_memory(engine: Engine) -> PoolAllocations | ResizedStorages:
