@@ -32,7 +32,7 @@ def apply(
     compile: str | None = None,
     memory_plan: bool | int | str | None = None,
     one_forward: bool | None = None,
-    park_optimizer: bool | None = None,
+    park_optimizer: bool | str | None = None,
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str | None = None,
     strict: bool | None = None,
@@ -66,7 +66,8 @@ def apply(
         one_forward: GRPO's loss takes the log-probs that scoring computed from the same weights instead of a second forward
             pass, where each completion is used for one step. None: ``RLPATCH_ONE_FORWARD``, then True.
         park_optimizer: The optimizer's state lies in host memory except while it steps: room for activations and for the KV
-            cache, at the price of a copy out and one back per step. None: ``RLPATCH_PARK_OPTIMIZER``, then False.
+            cache, at the price of a copy out and one back per step. ``"auto"``: if the memory plan does not fit otherwise.
+            None: ``RLPATCH_PARK_OPTIMIZER`` (yes, no or auto), then ``"auto"``.
         include: Only these capabilities (names as in `status`). None: ``RLPATCH_INCLUDE`` (comma-separated), then all.
         exclude: Never these. None: ``RLPATCH_EXCLUDE``.
         strict: Releases that no adapter serves are an error. None: ``RLPATCH_STRICT``, then False (a warning).

@@ -104,7 +104,7 @@ def apply(**arguments: Any) -> Report:
         limit = None if isinstance(settings.memory_plan, bool) else settings.memory_plan
         context = Context(
             settings.wants("standby"), settings.wants("share_weights"), settings.lora, chosen, settings.precision,
-            settings.compile, limit,
+            settings.compile, limit, settings.park_optimizer,
         )  # fmt: skip
         run = _Run(settings, context)
         try:

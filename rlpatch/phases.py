@@ -398,8 +398,8 @@ class Colocation:
         if room is None:
             return Decision(False, "no device memory to plan on the CPU (apply(memory_plan='8GiB') gives it a size)")
         parks = self.context.providers.get("park_optimizer")
-        budget = replace(self.budget, parked=parks is not None and parks(self.budget.trainer))
-        return decide_memory(budget, arguments, room, release)
+        parking = self.context.park_optimizer if parks is not None and parks(self.budget.trainer) else False
+        return decide_memory(replace(self.budget, parking=parking), arguments, room, release)
 
     def _place_adapters(self) -> None:
         """The engine is complete: make the policy, or leave the adapters to TRL after all."""
@@ -798,10 +798,10 @@ class Colocation:
 
 def _room(budget: Budget, device: torch.device, limit: int | None) -> Room | None:
     """What the device has for trainer and engine; None on a CPU to which no size was given."""
+    host = free_bytes(torch.device("cpu"))
     if device.type == "cpu":
-        return (
-            Room(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), limit=limit) if limit is not None else None
-        )
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return Room(pages, limit=limit, host=host) if limit is not None else None
     make_room(device)
     module = torch.get_device_module(device)
     free, total = module.mem_get_info(device)
@@ -811,7 +811,7 @@ def _room(budget: Budget, device: torch.device, limit: int | None) -> Room | Non
     own = [budget.model, getattr(budget.trainer, "ref_model", None)]
     later = [reward for reward in getattr(budget.trainer, "reward_funcs", ()) if isinstance(reward, torch.nn.Module)]
     held = _bytes_on(device, own, there=True) + CONTEXT
-    return Room(total, max(total - free - held, 0) + _bytes_on(device, later, there=False), limit)
+    return Room(total, max(total - free - held, 0) + _bytes_on(device, later, there=False), limit, host)
 
 
 def _bytes_on(device: torch.device, modules: list[Any], *, there: bool) -> int:

@@ -82,6 +82,7 @@ class Context:
         defaults: Which config defaults are wanted (see `rlpatch.config.defaults.NAMES`).
         precision: Of the trainer's weights (see `rlpatch.apply`).
         compile: How the engine is compiled and warmed up (see `rlpatch.apply`).
+        park_optimizer: Whether the optimizer's state waits in host memory between steps: yes, no, or ``"auto"``.
         memory_limit: The most that a memory plan may count on, in bytes; None: all that the device has.
         providers: capability -> the chosen adapter's `provides` (filled as capabilities resolve).
         reasons: capability -> why it has none, in words.
@@ -94,6 +95,7 @@ class Context:
     precision: str = "auto"
     compile: str = "default"
     memory_limit: int | None = None
+    park_optimizer: bool | str = "auto"
     providers: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 

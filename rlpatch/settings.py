@@ -13,6 +13,7 @@ from rlpatch.versions import environment_flag
 
 LORA_MODES = ("auto", "fold", "slots", "merge")
 PRECISIONS = ("auto", "masters", "as-is")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Settings:
         compile: A compile profile, or compile settings with commas between (see `rlpatch.compilation.profiles`).
         memory_plan: A plan sizes the KV cache where the user left vLLM's utilization alone; a number of bytes is the most
             that it may count on.
-        park_optimizer: Optimizer state waits in host memory between steps.
+        park_optimizer: Optimizer state waits in host memory between steps: yes, no, or ``"auto"`` (if the memory plan does
+            not fit otherwise).
         one_forward: The loss takes the log-probs that scoring computed, where both are of the same weights.
         include: Only these capabilities, or None for all.
         exclude: Never these capabilities.
@@ -45,7 +47,7 @@ class Settings:
     compile: str = "default"
     memory_plan: bool | int = True
     one_forward: bool = True
-    park_optimizer: bool = False
+    park_optimizer: bool | str = AUTO
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -60,14 +62,14 @@ class Settings:
             "standby": self.standby, "share_weights": self.share_weights, "defaults": bool(self.defaults),
             "precision": narrow, "master_weights": narrow, "compile": self.compile != "default",
             "memory_plan": bool(self.memory_plan), "one_forward": self.one_forward,
-            "park_optimizer": self.park_optimizer,
+            "park_optimizer": bool(self.park_optimizer),
         }  # fmt: skip
         return switches.get(capability, True)
 
     def off_by_default(self, capability: str) -> bool:
         """Whether `capability` is off because nobody asked for it, rather than because somebody switched it off."""
         named = {*self.exclude, *(self.include or ())}
-        return capability in ("compile", "park_optimizer") and capability not in self.explicit | named
+        return capability == "compile" and capability not in self.explicit | named
 
 
 def _names(
@@ -94,7 +96,7 @@ def resolve(
     compile: str | None = None,
     memory_plan: bool | int | str | None = None,
     one_forward: bool | None = None,
-    park_optimizer: bool | None = None,
+    park_optimizer: bool | str | None = None,
     include: Iterable[str] | str | None,
     exclude: Iterable[str] | str | None,
     strict: bool | None,
@@ -123,6 +125,16 @@ def resolve(
                 explicit.add(name)
                 return candidate
         return default
+
+    def flag_or_auto(name: str, value: bool | str | None) -> bool | str:
+        variable = f"RLPATCH_{name.upper()}"
+        if value == AUTO or (value is None and os.environ.get(variable) == AUTO):
+            explicit.add(name)
+            return AUTO
+        if isinstance(value, str):
+            raise UsageError(f"apply({name}={value!r}): expected True, False, {AUTO!r} or None")
+        found = flag(name, value, False)
+        return found if name in explicit else AUTO
 
     def names(name: str, value: Iterable[str] | str | None) -> tuple[str, ...] | None:
         variable = f"RLPATCH_{name.upper()}"
@@ -204,7 +216,7 @@ def resolve(
         compile=compile_settings(compile),
         memory_plan=size_or_flag("memory_plan", memory_plan),
         one_forward=flag("one_forward", one_forward, True),
-        park_optimizer=flag("park_optimizer", park_optimizer, False),
+        park_optimizer=flag_or_auto("park_optimizer", park_optimizer),
         include=included,
         exclude=excluded,
         strict=flag("strict", strict, False),

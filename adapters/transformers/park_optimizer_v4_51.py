@@ -24,11 +24,24 @@ def _create_optimizer(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs
     before = instance.optimizer
     created = wrapped(*args, **kwargs)
     optimizer = instance.optimizer
-    if before is None and optimizer is not None and (why := _left_alone(instance, optimizer)) is None:
-        ParkedState(optimizer)
-    elif before is None:
-        logger.info("rlpatch: the optimizer's state is not parked: %s", why)
+    if before is None and optimizer is not None and _asked_for(instance):
+        why = _left_alone(instance, optimizer)
+        if why is None:
+            ParkedState(optimizer)
+        else:
+            logger.warning("rlpatch: the optimizer's state is not parked: %s", why)
     return created
+
+
+def _asked_for(trainer: Any) -> bool:
+    """By the settings, or by the memory plan of the trainer's engine."""
+    from rlpatch import phases
+
+    mine = {id(parameter) for parameter in trainer.model.parameters()}
+    pairs = [pair for pair in phases.live() if any(id(slot.tensor) in mine for slot in pair.slots)]
+    return any(
+        pair.context.park_optimizer is True or (pair.memory is not None and pair.memory.parked) for pair in pairs
+    )
 
 
 def parks(trainer: Any) -> bool:
@@ -40,17 +53,12 @@ def _left_alone(trainer: Any, optimizer: Any) -> str | None:
     """Why the state of this trainer's optimizer stays where it is, or None."""
     import torch
 
-    from rlpatch import phases
-
     if not parks(trainer):
         return "DeepSpeed and FSDP have offloading of their own"
     if not isinstance(optimizer, torch.optim.Optimizer):
         return f"{type(optimizer).__name__} is no torch.optim.Optimizer"
     if getattr(optimizer, "is_paged", False):
         return "it is paged already"
-    mine = {id(parameter) for parameter in trainer.model.parameters()}
-    if not any(id(slot.tensor) in mine for pair in phases.live() for slot in pair.slots):
-        return "its trainer has no engine"
     return None
 
 

@@ -43,11 +43,13 @@ class Room:
         total: Its memory.
         taken: Held, or soon to be held, by others than the trainer's own models: other processes, reward models.
         limit: What trainer and engine may take of it; None: all that is left.
+        host: Host memory that is available.
     """
 
     total: int
     taken: int = 0
     limit: int | None = None
+    host: int = 0
 
     @property
     def others(self) -> int:
@@ -79,7 +81,8 @@ class Budget:
         model: What it trains, adapters around it or not.
         left_alone: The user left `SETTING` at TRL's default.
         masters: See `rlpatch.memory.describe`.
-        parked: Likewise.
+        parking: Whether the optimizer's state waits in host memory between steps; ``"auto"``: if the plan does not fit
+            without.
         head: See `rlpatch.memory.Training`.
     """
 
@@ -88,7 +91,7 @@ class Budget:
     left_alone: bool
     masters: bool = False
     head: str = TILES
-    parked: bool = False
+    parking: bool | str = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Decision:
         reason: Why, or why not.
         plan: None where none was made.
         arguments: Those of ``LLM`` that follow.
+        parked: The optimizer's state is to wait in host memory between steps.
         warnings: To be said once.
     """
 
@@ -108,6 +112,7 @@ class Decision:
     plan: Plan | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    parked: bool = False
 
     def __str__(self) -> str:
         made = self.plan
@@ -130,6 +135,7 @@ class Decision:
             **found,
             "arguments": dict(self.arguments),
             "warnings": list(self.warnings),
+            "parked": self.parked,
             "kv_cache_memory_bytes": made.kv_cache_memory_bytes,
             "kv_left_bytes": made.kv_left_bytes,
             "kv_sized_by": made.sized_by,
@@ -161,7 +167,12 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
         return Decision(False, f"the KV cache is sized by {sized}")
     given = None if budget.left_alone else arguments.get("gpu_memory_utilization")
     try:
-        made, positions = _plan(budget, arguments, room, release, given)
+        made, positions = _plan(budget, arguments, room, release, given, budget.parking is True)
+        parked = budget.parking is True
+        if made.refusal is not None and budget.parking == "auto":
+            other, _ = _plan(budget, arguments, room, release, given, True)
+            if _worth_parking(made, other, room):
+                made, parked = other, True
     except UsageError as error:
         reason = f"no plan can be made: {error}"
         if budget.left_alone:
@@ -172,7 +183,7 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
     if not budget.left_alone:
         refusal = () if made.refusal is None else (f"{SETTING}={given} was given; by the plan {made.refusal}",)
         warnings = tuple(f"memory plan: {text}" for text in (*made.warnings, *refusal))
-        return Decision(False, f"{SETTING}={given} was given", made, warnings=warnings)
+        return Decision(False, f"{SETTING}={given} was given", made, warnings=warnings, parked=parked)
     warnings = made.warnings
     if made.refusal is not None and made.estimated:  # too little certainty to keep somebody from trying
         warnings = (*warnings, f"by estimate {made.refusal}")
@@ -183,6 +194,8 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
         )
     found: dict[str, Any] = {"gpu_memory_utilization": max(made.gpu_memory_utilization, _LEAST)}
     reason = f"{SETTING} was left alone"
+    if parked and budget.parking == "auto":
+        reason += "; the optimizer's state waits in host memory between steps, because it would not fit otherwise"
     if release.takes_bytes:
         found["kv_cache_memory_bytes"] = made.kv_cache_memory_bytes
     held = made.left_blocks * made.block_size
@@ -193,11 +206,23 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
         reason += (
             f"; max_model_len={min(longest, positions)}, because the KV cache cannot hold the model's longest sequence"
         )
-    return Decision(True, reason, made, found, tuple(f"memory plan: {text}" for text in warnings))
+    return Decision(True, reason, made, found, tuple(f"memory plan: {text}" for text in warnings), parked)
+
+
+def _worth_parking(without: Plan, parked: Plan, room: Room) -> bool:
+    """Whether parking the optimizer's state mends what does not fit, or brings it nearer, and the host has room for it."""
+    state = sum(term.bytes for term in parked.terms if term.name == "optimizer state")
+    nearer = parked.training < without.training or parked.left_blocks > without.left_blocks
+    return 0 < state <= room.host // 2 and (parked.refusal is None or nearer)
 
 
 def _plan(
-    budget: Budget, arguments: Mapping[str, Any], room: Room, release: Release, utilization: float | None
+    budget: Budget,
+    arguments: Mapping[str, Any],
+    room: Room,
+    release: Release,
+    utilization: float | None,
+    parked: bool,
 ) -> tuple[Plan, int]:
     """The plan, and the positions that the model was made for."""
     fields = {ours: arguments[name] for name, ours in _FIELDS.items() if arguments.get(name) is not None}
@@ -208,7 +233,7 @@ def _plan(
         budget.trainer,
         budget.model,
         masters=budget.masters,
-        parked=budget.parked,
+        parked=parked,
         head=budget.head,
         engine_dtype=None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
         engine={

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import rlpatch
-from rlpatch import parking
+from rlpatch import parking, phases
+from rlpatch.memory.budget import Room
 
 KEYS = ("loss", "grad_norm", "reward", "entropy")
 
@@ -47,6 +49,23 @@ def test_the_same_training(trainer_of: Any, precision: str) -> None:
     assert rows == plain and len(rows) == 3
     assert not any(before)
     assert parked[0] == 0 and len(set(parked[1:])) == 1 and parked[1] > 0
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.usefixtures("everything_parks", "bare")
+def test_the_plan_decides(trainer_of: Any, monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    decide = phases.decide_memory
+    modes = []
+
+    def decided(budget: Any, *args: Any) -> Any:
+        modes.append(budget.parking)
+        return replace(decide(budget, *args), parked=wanted)
+
+    monkeypatch.setattr(phases, "decide_memory", decided)
+    monkeypatch.setattr(phases, "_room", lambda *_: Room(8 << 30, host=8 << 30))
+    _, parked = train(trainer_of, "auto", steps=2)
+    assert modes == ["auto"]
+    assert bool(parked[1]) is wanted
 
 
 @pytest.mark.usefixtures("everything_parks", "bare")

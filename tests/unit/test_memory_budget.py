@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -277,3 +278,29 @@ def test_an_unusable_size_is_named(value: Any, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("RLPATCH_MEMORY_PLAN", str(value))
         with pytest.raises(UsageError, match="RLPATCH_MEMORY_PLAN"):
             settings.resolve(**RESOLVE)
+
+
+def parking(
+    mode: bool | str, host: int = 100 * GIB, total: int = 80 * GIB, left_alone: bool = True, **args: Any
+) -> Decision:
+    long = {"per_device_train_batch_size": 2, "max_completion_length": 32_000, "gradient_checkpointing": True, **args}
+    return decided(replace(budget(left_alone, **long), parking=mode), Room(total, host=host), max_num_seqs=2)
+
+
+def test_the_optimizer_s_state_is_parked_where_the_plan_does_not_fit_otherwise() -> None:
+    without, auto, always = parking(False), parking("auto"), parking(True)
+    assert any("by estimate training needs" in warning for warning in without.warnings) and not without.parked
+    assert auto.parked and always.parked and auto.plan == always.plan
+    assert auto.plan is not None and without.plan is not None and auto.plan.refusal is None
+    assert auto.plan.kv_left_bytes > without.plan.kv_left_bytes + 14 * GIB
+    assert "the optimizer's state waits in host memory between steps, because it would not fit otherwise" in auto.reason
+    assert "waits" not in always.reason
+    assert auto.as_dict()["parked"] is True
+
+    short = parking("auto", max_completion_length=256)
+    assert not short.parked and short.plan == parking(False, max_completion_length=256).plan
+    assert not parking("auto", host=20 * GIB).parked  # nor does the host have room for it
+    given = parking("auto", left_alone=False)
+    assert given.parked and not given.applied  # the utilization is the script's, the training is the same
+    small = parking("auto", total=40 * GIB)
+    assert small.parked and small.plan is not None and small.plan.refusal is not None  # nearer, at least

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.version import Version
@@ -182,11 +183,33 @@ def _by_number(capability: str, found: Installed, *, probing: bool, options=None
 
 def test_what_is_off_until_asked_for_says_so() -> None:
     with rlpatch.patched() as report:
-        assert report["park_optimizer"].reason == report["compile"].reason == "off unless asked for"
+        assert report["compile"].reason == "off unless asked for"
+        assert "off" not in (report["park_optimizer"].reason or "")  # "auto"
     with rlpatch.patched(park_optimizer=False, exclude=["compile"]) as report:
         assert report["park_optimizer"].reason == report["compile"].reason == "switched off"
-    with rlpatch.patched(park_optimizer=True) as report:
-        assert report["park_optimizer"].reason != "off unless asked for"
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "found"),
+    [
+        (None, None, "auto"), (None, "auto", "auto"), (None, "1", True), (True, "0", True), ("auto", "1", "auto"),
+        (False, "1", False),
+    ],
+)  # fmt: skip
+def test_parking_is_yes_no_or_auto(given: Any, variable: Any, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if variable is not None:
+        monkeypatch.setenv("RLPATCH_PARK_OPTIMIZER", variable)
+    with rlpatch.patched(park_optimizer=given):
+        context = control.context()
+        assert context is not None and context.park_optimizer == found
+
+
+def test_parking_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"park_optimizer='often'.*expected True, False, 'auto' or None"):
+        rlpatch.apply(park_optimizer="often")
+    monkeypatch.setenv("RLPATCH_PARK_OPTIMIZER", "often")
+    with pytest.raises(UsageError, match="RLPATCH_PARK_OPTIMIZER"):
+        rlpatch.apply()
 
 
 def test_report_is_data() -> None:
