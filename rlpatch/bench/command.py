@@ -376,7 +376,7 @@ def longest(
 
     Args:
         trial: Trains ascending lengths one after the other in one process, and says what came of those that it came to;
-            the first that fails is the last.
+            the first that fails is the last. Fewer without a failure: there was no time for more.
         first: A guess, tried first, then one step more and so on: a good one costs one process. Without it each length
             is a quarter above the one before.
         known: A length known to pass (found under other settings); one more step is tried first, so that settings
@@ -394,13 +394,15 @@ def longest(
         if not in_time():
             return low * step, attempts, False
         found = trial([x * step for x in lengths])
-        if not found:
-            return low * step, attempts, False
         attempts += found
         for attempt in found:
             tokens = attempt.tokens // step
             low = max(low, tokens) if attempt.ok else min(low, tokens - 1)
             high = high if attempt.ok else min(high, tokens)
+        if not found or (
+            found[-1].ok and len(found) < len(lengths)
+        ):  # the process was ended before it came to the rest
+            return low * step, attempts, False
         if len(lengths) > 1 and found[0].tokens == lengths[-1] * step:  # no engine could be built for so much
             lengths = lengths[: len(lengths) // 2]
         else:
@@ -479,7 +481,8 @@ def _sweep_variant(options: argparse.Namespace, job: BenchJob, runner: Runner, n
 def attempts_of(lengths: list[int], run: dict[str, Any]) -> list[Attempt]:
     """What `Runner.run` says of a process that was to train `lengths` and the last of them once more.
 
-    A rollout that fails speaks against the length before it: what its training left behind is in the way.
+    A rollout that fails speaks against the length before it: what its training left behind is in the way. A process that
+    was ended for its time says nothing of the length it was at, nor of a rollout after the one before.
     """
     if "skipped" in run:
         return []
@@ -488,6 +491,8 @@ def attempts_of(lengths: list[int], run: dict[str, Any]) -> list[Attempt]:
     if "error" not in run:
         return [Attempt(tokens, True, "", row) for tokens, row in zip(lengths, detail, strict=False)]
     error = run["error"]
+    if error.get("late"):
+        return [Attempt(tokens, True, "", row) for tokens, row in zip(lengths, detail[:-1], strict=False)]
     in_rollout = error.get("stage") == "rollout" or error.get("phase") == "sync"
     started = bool(done) or error.get("stage") in ("rollout", "train", TOO_LONG)
     passed = min(len(done), len(lengths)) - (bool(done) and (in_rollout or len(done) >= len(lengths)))
@@ -805,7 +810,8 @@ def _death(status: int, late: bool, timeout: float, stage: str) -> dict[str, Any
     else:
         text = f"the process ended with status {status}"
     # the kernel's way of saying that host memory is full
-    return {"text": text, "stage": stage, "phase": None, "out_of_memory": status == -signal.SIGKILL and not late}
+    return {"text": text, "stage": stage, "phase": None, "out_of_memory": status == -signal.SIGKILL and not late,
+            "late": late}  # fmt: skip
 
 
 def _ended(process: subprocess.Popen[str]) -> None:

@@ -411,7 +411,7 @@ class BenchRun:
         return outputs
 
     def _resident(self, llm: Any) -> dict[str, int] | None:
-        """Bytes behind the tensors of both sides while tokens are generated, each address counted once.
+        """Bytes on the device behind the tensors of both sides while tokens are generated, each address counted once.
 
         ``parameters`` is a number: of what both hold together. None, with a line in the log: they cannot be counted.
         """
@@ -422,13 +422,14 @@ class BenchRun:
             trainer, engine = list(self.trainer.model.parameters()), list(Engine(llm).model.parameters())
             optimizer, own = self.trainer.optimizer, {id(parameter) for parameter in trainer}
             stepped = [p for group in optimizer.param_groups for p in group["params"]]
+            state = tensors_in(optimizer.state.values())
             return {
                 "parameters": sum(parameter.numel() for parameter in trainer),
                 "trainer": resident_bytes(trainer),
                 "engine": resident_bytes(engine),
                 "both": resident_bytes([*trainer, *engine]),
                 "masters": resident_bytes(p for p in stepped if id(p) not in own),
-                "optimizer_state": resident_bytes(tensors_in(optimizer.state.values())),
+                "optimizer_state": resident_bytes(t for t in state if t.device == trainer[0].device),
             }
         except (AttributeError, TypeError) as error:
             print(f"what is resident is unknown: {error}", file=sys.stderr)

@@ -168,6 +168,14 @@ def test_search_ends_with_the_time() -> None:
     assert rounds == [[512, 1024, 1536], [2048, 2560, 3072, 3584, 4096, 5120, 6144]]
 
 
+def test_a_process_without_time_for_all_of_it_ends_the_search() -> None:
+    def trial(lengths: list[int]) -> list[Attempt]:
+        return [Attempt(tokens, True) for tokens in lengths[:2]]
+
+    best, attempts, complete = command.longest(trial, step=512, most=131_072, first=1024)
+    assert (best, len(attempts), complete) == (1536, 2, False)
+
+
 def run_of(rows: int, **found: Any) -> dict[str, Any]:
     return {"rows": [{"seconds": 1.0, "generated": 6, "trained": 8.0}] * rows, "engine": {"tokens": 64}, **found}
 
@@ -195,6 +203,9 @@ def memory_out(stage: str, phase: str | None = None) -> dict[str, Any]:
         # the engine is built for the longest
         (run_of(0, **memory_out("engine start")), [(3, False)]),
         ({"skipped": "no sleep mode"}, []),
+        # ended for its time: of 2 it is not known whether a rollout could follow
+        (run_of(2, error={"text": "no result after 9 s", "stage": "train", "phase": None, "late": True}), [(1, True)]),
+        (run_of(0, error={"text": "no result after 9 s", "stage": "train", "phase": None, "late": True}), []),
     ],
 )
 def test_what_a_process_of_several_lengths_says(run: dict[str, Any], expected: list[tuple[int, bool]]) -> None:
