@@ -70,6 +70,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rollouts", type=int, default=2, metavar="N", help="of each size; their median counts")
     made.add_argument("--utilization", type=float, default=0.5, metavar="U", help="gpu_memory_utilization")
     made.add_argument("--kv-gib", type=float, metavar="G", help="KV cache of this size (the CPU's default: 1/16)")
+    made.add_argument(
+        "--heap",
+        type=float,
+        default=0,
+        metavar="M",
+        help="millions of objects that are alive before, as a trainer's are",
+    )
     made.add_argument("--out", metavar="FILE.json", help="default bench/results/compile-SHAPE-vllmVERSION-DATE.json")
     made.add_argument("--logs", metavar="DIR", help="keep each process's log there")
     made.add_argument("--timeout", type=float, default=1800, metavar="S", help="per process (default 1800)")
@@ -100,6 +107,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for option, least in {"repeat": 1, "lora": 0, "prompt_tokens": 1, "rollouts": 1}.items():
         if getattr(options, option) < least:
             made.error(f"--{option.replace('_', '-')}: at least {least}")
+    if not 0 <= options.heap <= 1000:
+        made.error("--heap: millions of objects, 0 to 1000")
     if options.max_num_seqs is not None and options.max_num_seqs < 1:
         made.error("--max-num-seqs: at least 1")
     if not 0 < options.utilization <= 1:
@@ -152,6 +161,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         lengths=options.tokens,
         max_num_seqs=options.max_num_seqs or max(options.sequences),
         rollouts=options.rollouts,
+        heap=int(options.heap * 1e6),
     )
     stem = f"compile-{title}-vllm{versions['vllm']}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
     path = Path(options.out or Path("bench/results", re.sub(r"[^\w.-]+", "-", stem) + ".json"))

@@ -77,6 +77,7 @@ class StartJob(BenchJob):
         lengths: Completion tokens per sequence, each measured; none: the start alone is.
         max_num_seqs: The engine's, as a trainer's batch would set it.
         rollouts: Rollouts of each size; the median counts.
+        heap: So many objects that the garbage collector walks are alive before, as in a trainer's process.
     """
 
     caches: str = ""
@@ -84,6 +85,7 @@ class StartJob(BenchJob):
     lengths: tuple[int, ...] = (256,)
     max_num_seqs: int = 8
     rollouts: int = 2
+    heap: int = 0
 
 
 def use_caches(folder: str) -> None:
@@ -118,6 +120,7 @@ class Start:
 
         self.seconds["import"] = time.perf_counter() - began
         missing = self._watch()
+        self.heap = [[number] for number in range(job.heap)]
         self._enter("load")
         began = time.perf_counter()
         engine: dict[str, Any] = {"max_num_seqs": job.max_num_seqs, "enforce_eager": job.eager}

@@ -108,7 +108,7 @@ def test_eager_engines_are_left_alone(trainer_of: Any, shallow: str, expected: l
 
 def test_bench_measures_a_start(shallow: str, tmp_path: Path) -> None:
     out = tmp_path / "starts.json"
-    options = "--settings decode-graphs --cold --sequences 2 --tokens 8 --rollouts 1"
+    options = "--settings decode-graphs --cold --sequences 2 --tokens 8 --rollouts 1 --heap 0.1"
     assert bench.main([*options.split(), "--model", shallow, "--out", str(out)]) == 0
     document = json.loads(out.read_text())
     (run,) = document["settings"]["decode-graphs"]["cold"]
@@ -116,5 +116,6 @@ def test_bench_measures_a_start(shallow: str, tmp_path: Path) -> None:
     assert result["seconds"]["engine start"] == pytest.approx(sum(result["phases"].values()), rel=0.02)
     assert result["phases"]["weights"] > 0 and result["rollouts"][0]["tokens_per_second"] > 0
     assert result["compile"]["profile"] == "decode-graphs"
+    assert result["job"]["heap"] == document["job"]["heap"] == 100_000
     assert [len(tokens) for tokens in result["greedy"]] == [16, 16]
     assert "engine start, cold, s" in bench.table(document)
