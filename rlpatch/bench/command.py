@@ -96,6 +96,9 @@ def parser() -> argparse.ArgumentParser:
     engine = made.add_argument_group("engine and device")
     engine.add_argument("--kv-gib", type=float, metavar="G", help="KV cache of this size in every variant")
     engine.add_argument("--utilization", type=float, metavar="U", help="gpu_memory_utilization (default 0.5)")
+    engine.add_argument(
+        "--plan", action="store_true", help="rlpatch's variants leave it alone: their memory plan decides"
+    )
     engine.add_argument("--eager", action="store_true", help="no CUDA graphs, no torch.compile")
     engine.add_argument(
         "--no-phase-sync", action="store_true", help="wait for the device at the end of steps only, not of phases"
@@ -163,6 +166,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         refuse("micro-batch", f"does not divide --completions {options.completions}")
     if options.utilization is not None and not 0 < options.utilization <= 1:
         refuse("utilization", "between 0 and 1")
+    if options.plan and (options.kv_gib or options.sweep_context):
+        made.error("--plan: without --kv-gib; a sweep plans anyway")
     if options.sweep_max < options.sweep_step:
         refuse("sweep-max", f"less than --sweep-step {options.sweep_step}")
     try:
@@ -336,7 +341,9 @@ def _compare(options: argparse.Namespace, job: BenchJob, runner: Runner, documen
         found = document["variants"][name]
         if any("skipped" in run for run in found["runs"]):
             continue
-        run = runner.run(replace(job, variant=name), f"[{number}/{len(turns)}] {name}")
+        plans = options.plan and variant_of(name).apply is not None
+        one = replace(job, variant=name, utilization=0.0 if plans else job.utilization)
+        run = runner.run(one, f"[{number}/{len(turns)}] {name}")
         if "result" in run:  # says the same at greater length
             run = {k: v for k, v in run.items() if k not in ("rows", "engine")}
         found["runs"].append(run)

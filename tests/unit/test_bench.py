@@ -42,6 +42,7 @@ GIB = 2**30
         (["--sweep-start", "512,x"], "--sweep-start 512,x: numbers"),
         (["--sweep-start", "512,512"], "--sweep-start 512,512: one number, or one for each of trl, trl-sleep, rlpatch"),
         (["--random-weights", "--precision", "script"], "--random-weights: with --shape"),
+        (["--plan", "--kv-gib", "2"], "--plan: without --kv-gib"),
         (["--grow-from", "300"], "--grow-from 300: more than --completion-tokens 256"),
         (["--model", "/nowhere"], "--model /nowhere: no such checkpoint folder"),
         (["--shape", "9b"], "invalid choice"),
@@ -75,6 +76,21 @@ def test_utilizations_are_tried_for_variants_of_trl() -> None:
     assert command.parse(["--variants", "rlpatch"]).sweep_utilization == {}
     chosen = command.parse(["--variants", "rlpatch,trl", "--sweep-utilization", "0.7:0.3,0.4"]).sweep_utilization
     assert chosen == {"rlpatch": [0.7], "trl": [0.3, 0.4]}
+
+
+def test_plan_is_for_rlpatch_s_variants(tmp_path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+
+    class Instead:
+        def run(self, job: BenchJob, title: str) -> dict[str, Any]:
+            seen.append((job.variant, job.utilization))
+            return {"skipped": "here"}
+
+    options = command.parse(["--plan", "--variants", "trl,rlpatch,rlpatch:park_optimizer=yes", "--utilization", "0.4"])
+    document = {"job": {"lora": 0, "precision": "object", "completions": 8, "completion_tokens": 256}, "model": "x",
+                "device": {"name": "CPU", "emulated_gib": None}, "versions": {"vllm": "0", "trl": "0"}}  # fmt: skip
+    command._compare(options, command.job_from(options, ""), Instead(), document, tmp_path / "x.json")  # type: ignore[arg-type]
+    assert seen == [("trl", 0.4), ("rlpatch", 0.0), ("rlpatch:park_optimizer=yes", 0.0)]
 
 
 def test_completions_grow_evenly_to_the_longest() -> None:
