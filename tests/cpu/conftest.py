@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -44,12 +45,27 @@ def trainer_of(tiny_model: str) -> Iterator[Any]:
     import rlpatch
     from rlpatch.demo import worker
 
+    made: list[Any] = []
+
     def make(apply: dict[str, Any] | None = None, **changes: Any) -> Any:
         rlpatch.apply(**(apply or {}))
-        return worker.make_trainer(worker.Job(changes.pop("model", tiny_model), True, **changes))
+        made.append(worker.make_trainer(worker.Job(changes.pop("model", tiny_model), True, **changes)))
+        return made[-1]
 
     yield make
     rlpatch.revert()
+    for trainer in made:
+        with contextlib.suppress(AttributeError):  # a test has taken the engine away
+            _end_of_the_kv_cache(worker.engine_of(trainer))
+
+
+def _end_of_the_kv_cache(llm: Any) -> None:
+    """vLLM freezes the heap when an engine starts, so engines are never collected; with the KV caches that reverting brings
+    back they would add up to gigabytes, and vLLM then refuses to start yet another engine."""
+    from rlpatch.engine import Engine
+
+    for tensor in Engine(llm).kv_tensors():
+        tensor.untyped_storage().resize_(0)
 
 
 @pytest.fixture
