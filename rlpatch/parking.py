@@ -66,7 +66,7 @@ class ParkedState:
         optimizer = self._optimizer()
         if optimizer is None or self._away:
             return
-        found = [t for t in _tensors(optimizer.state) if self.smallest <= t.nbytes and self.parks(t) and _alone(t)]
+        found = [t for t in tensors_in(optimizer.state) if self.smallest <= t.nbytes and self.parks(t) and _alone(t)]
         found = list({id(tensor): tensor for tensor in found}.values())
         places = self._places(found)
         for tensor, place in zip(found, places, strict=True):
@@ -87,7 +87,7 @@ class ParkedState:
         """
         optimizer = self._optimizer()
         # some optimizers load a checkpoint's state without calling hooks (bitsandbytes): what was parked is nobody's then
-        current = {id(tensor) for tensor in _tensors(optimizer.state)} if optimizer is not None else set()
+        current = {id(tensor) for tensor in tensors_in(optimizer.state)} if optimizer is not None else set()
         while self._away:
             tensor, device = self._away[-1]
             if id(tensor) in current:
@@ -158,12 +158,13 @@ def _alone(tensor: torch.Tensor) -> bool:
     return tensor.untyped_storage().nbytes() == tensor.nbytes and torch._debug_has_internal_overlap(tensor) == 0
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in nested mappings, lists and tuples."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
         for one in value.values():
-            yield from _tensors(one)
+            yield from tensors_in(one)
     elif isinstance(value, (list, tuple)):
         for one in value:
-            yield from _tensors(one)
+            yield from tensors_in(one)

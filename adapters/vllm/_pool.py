@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -136,40 +134,6 @@ def expandable_segments_refused() -> str | None:
         "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True, and this vLLM's memory pool asserts that they are off; take "
         "them out to have standby"
     )
-
-
-@contextlib.contextmanager
-def outside_the_pool() -> Iterator[None]:
-    """Leave vLLM's memory pool for a moment, if it is in use.
-
-    Meanwhile torch gives nothing back to the device, whatever pool it is cached in: ``release_cached_blocks`` asks for
-    ``captures_underway.empty()`` (c10/cuda/CUDACachingAllocator.cpp), and a pool in use counts as a capture. So
-    ``empty_cache`` does nothing, and an allocation that fails does not try again without the cached blocks.
-    """
-    from vllm.device_allocator.cumem import CuMemAllocator
-
-    allocator = CuMemAllocator.instance
-    entered = allocator.allocator_and_pools.get(allocator.current_tag) if allocator is not None else None
-    begin, end = (
-        _torch("beginAllocateCurrentThreadToPool", "beginAllocateToPool"),
-        _torch("endAllocateToPool", "endAllocateCurrentStreamToPool"),
-    )
-    if not entered or begin is None or end is None:
-        yield
-        return
-    pool = (entered[-1] if isinstance(entered, list) else entered)[0]  # a list from 0.33
-    device = torch.cuda.current_device()
-    end(device, pool.id)
-    try:
-        yield
-    finally:
-        begin(device, pool.id)
-        torch.cuda.memory._cuda_releasePool(device, pool.id)  # the reference that `begin` took beside the first one's
-
-
-def _torch(*names: str) -> Any:
-    """What ``torch.cuda.use_mem_pool`` calls, by its name since torch 2.8, or before; None: by neither."""
-    return next((f for name in names if (f := getattr(torch.cuda.memory, f"_cuda_{name}", None)) is not None), None)
 
 
 def kv_memory(engine: Engine) -> PoolAllocations | ResizedStorages:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,6 @@ def trainer_memory_loader() -> type:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     from rlpatch import phases
-    from rlpatch.adapters.vllm._pool import outside_the_pool
     from rlpatch.sharing.trace import WriteGuard, storage_key
 
     class TrainerMemoryLoader(BaseModelLoader):
@@ -121,6 +122,43 @@ class TrainerMemory:
         """Arguments of ``LLM`` for an engine that is filled from the trainer's memory."""
         register_loader()
         return {"load_format": LOAD_FORMAT}
+
+
+@contextlib.contextmanager
+def outside_the_pool() -> Iterator[None]:
+    """Leave vLLM's memory pool for a moment, if it is in use.
+
+    Meanwhile torch gives nothing back to the device, whatever pool it is cached in: ``release_cached_blocks`` asks for
+    ``captures_underway.empty()`` (c10/cuda/CUDACachingAllocator.cpp), and a pool in use counts as a capture. So
+    ``empty_cache`` does nothing, and an allocation that fails does not try again without the cached blocks.
+    """
+    import torch
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.instance
+    entered = allocator.allocator_and_pools.get(allocator.current_tag) if allocator is not None else None
+    begin, end = (
+        _torch("beginAllocateCurrentThreadToPool", "beginAllocateToPool"),
+        _torch("endAllocateToPool", "endAllocateCurrentStreamToPool"),
+    )
+    if not entered or begin is None or end is None:
+        yield
+        return
+    pool = (entered[-1] if isinstance(entered, list) else entered)[0]  # a list from 0.33
+    device = torch.cuda.current_device()
+    end(device, pool.id)
+    try:
+        yield
+    finally:
+        begin(device, pool.id)
+        torch.cuda.memory._cuda_releasePool(device, pool.id)  # the reference that `begin` took beside the first one's
+
+
+def _torch(*names: str) -> Any:
+    """What ``torch.cuda.use_mem_pool`` calls, by its name since torch 2.8, or before; None: by neither."""
+    import torch
+
+    return next((f for name in names if (f := getattr(torch.cuda.memory, f"_cuda_{name}", None)) is not None), None)
 
 
 # ---- guards ----------------------------------------------------------------------------------------------------------
@@ -225,7 +263,7 @@ RELIES = (
     ),
     Relies("vllm.config:LoadConfig.load_format"),
     Relies("vllm.engine.arg_utils:EngineArgs.load_format"),
-    # _pool.outside_the_pool
+    # outside_the_pool
     Relies("vllm.device_allocator.cumem:CuMemAllocator.instance"),
     Relies("vllm.device_allocator.cumem:CuMemAllocator.current_tag"),
     Relies(

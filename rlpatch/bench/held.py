@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlpatch.bench.run import BenchJob, BenchRun, Skipped, main, tensors_in
+from rlpatch.bench.run import BenchJob, BenchRun, Skipped, main
 
 NEAR_SHARE, NEAR_BYTES = 0.05, 1 << 29  # a term is right within this share of what was measured, or these bytes
 ON_CPU = "a CPU has no such memory"
@@ -235,6 +235,7 @@ class HeldRun(BenchRun):
         """Bytes by name; None: not measured. `by_phase`: what the driver counted, after the warm-up."""
         from rlpatch import phases
         from rlpatch.memory.live import _is_adapter
+        from rlpatch.parking import tensors_in
         from rlpatch.sharing.account import resident_bytes
 
         trainer, cuda = self.trainer, self.cuda
@@ -247,7 +248,7 @@ class HeldRun(BenchRun):
             return resident_bytes([*own, *theirs])
 
         def state() -> int:
-            return resident_bytes(tensors_in(trainer.optimizer.state.values()))
+            return resident_bytes(tensors_in(trainer.optimizer.state))
 
         reference = getattr(trainer, "ref_model", None)
         sections = self.peaks.sections

@@ -25,7 +25,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -416,13 +416,14 @@ class BenchRun:
         ``parameters`` is a number: of what both hold together. None, with a line in the log: they cannot be counted.
         """
         from rlpatch.engine import Engine
+        from rlpatch.parking import tensors_in
         from rlpatch.sharing.account import resident_bytes
 
         try:
             trainer, engine = list(self.trainer.model.parameters()), list(Engine(llm).model.parameters())
             optimizer, own = self.trainer.optimizer, {id(parameter) for parameter in trainer}
             stepped = [p for group in optimizer.param_groups for p in group["params"]]
-            state = tensors_in(optimizer.state.values())
+            state = tensors_in(optimizer.state)
             return {
                 "parameters": sum(parameter.numel() for parameter in trainer),
                 "trainer": resident_bytes(trainer),
@@ -687,21 +688,6 @@ def medians(rows: list[dict[str, Any]], kv_bytes: int | None) -> dict[str, Any]:
     for name in ("release", "restore"):
         seconds = found[name]
         found[f"{name}_ms_per_gib"] = 1e3 * seconds / (kv_bytes / 2**30) if seconds and kv_bytes else None
-    return found
-
-
-def tensors_in(values: Iterable[Any]) -> list[Any]:
-    """Tensors in nested dicts and lists."""
-    import torch
-
-    found: list[Any] = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, dict):
-            found += tensors_in(value.values())
-        elif isinstance(value, (list, tuple)):
-            found += tensors_in(value)
     return found
 
 

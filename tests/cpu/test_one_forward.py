@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+import torch
 import trl
 
 import rlpatch
@@ -90,3 +91,16 @@ def test_an_evaluation_in_between(trainer_of: Any, bare: None) -> None:
     trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.evaluate(trainer.train_dataset)
     assert len(calls) % 2 == 0 and not any(name.startswith("_rlpatch_scor") for name in vars(trainer))
+
+
+def test_what_was_kept_goes_where_images_come() -> None:
+    """Else two graphs would be there at once. No model here takes images: the adapter's own function, called."""
+    from rlpatch.adapters.trl.one_forward_v0_23 import _KEPT, _logps
+
+    class Trainer:
+        pass
+
+    trainer = Trainer()
+    vars(trainer)[_KEPT] = object()
+    assert _logps(lambda *_, **__: "wrapped", trainer, (), {"pixel_values": torch.ones(1)}) == "wrapped"
+    assert _KEPT not in vars(trainer)

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 cumem = pytest.importorskip("vllm.device_allocator.cumem")
 
-from rlpatch.adapters.vllm._pool import outside_the_pool  # noqa: E402
+from rlpatch.adapters.vllm._weights import outside_the_pool  # noqa: E402
 
 POOL = types.SimpleNamespace(id=(0, 7))
 

@@ -21,7 +21,7 @@ def everything_parks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(
-    trainer_of: Any, park: bool, precision: str = "as-is", resume: Any = None, **job: Any
+    trainer_of: Any, park: bool | str, precision: str = "as-is", resume: Any = None, **job: Any
 ) -> tuple[list[Any], list[int]]:
     """The logs, and the bytes parked at each rollout."""
     trainer = trainer_of(apply={"park_optimizer": park, "precision": precision, "defaults": False}, **job)
