@@ -118,6 +118,10 @@ def parser() -> argparse.ArgumentParser:
         help="tried for TRL while rlpatch plans; with colons between lists one for each variant of TRL, or of all",
     )
 
+    sweep.add_argument(
+        "--resume", action="store_true", help="go on with the sweep that OUT/NAME.json has begun, on the same versions"
+    )
+
     output = made.add_argument_group("output")
     output.add_argument("--out", default="bench/results", metavar="DIR")
     output.add_argument("--name", help="of the files (default SHAPE-vllmVERSION-DATE)")
@@ -168,6 +172,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         refuse("utilization", "between 0 and 1")
     if options.plan and (options.kv_gib or options.sweep_context):
         made.error("--plan: without --kv-gib; a sweep plans anyway")
+    if options.resume and not (options.sweep_context and options.name):
+        made.error("--resume: with --sweep-context and --name")
     if options.sweep_max < options.sweep_step:
         refuse("sweep-max", f"less than --sweep-step {options.sweep_step}")
     try:
@@ -251,6 +257,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         "command": "python -m rlpatch bench " + said(argv),
         "versions": {"rlpatch": _own_version(), "python": sys.version.split()[0], **versions},
         "device": {**device, "emulated_gib": options.emulate_gib},
+        "environment": _told_environment(),
         "model": title,
         "job": {k: v for k, v in asdict(job).items() if k not in ("variant", "model", "output")},
         "variants": {},
@@ -259,20 +266,20 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     runner = Runner(scratch, Path(options.logs) if options.logs else None, options.timeout)
+    before = _begun(document, options, path) if options.resume else {}
     with ballast(options.emulate_gib) as held:
         if held:
             document["device"]["ballast"] = held
         if options.sweep_context:
-            failed = _sweep(options, job, runner, document, path)
+            failed = _sweep(options, job, runner, document, path, before)
         else:
             failed = _compare(options, job, runner, document, path)
     print(f"wrote {path}")
-    if not options.sweep_context:
-        from rlpatch.bench import plot
+    from rlpatch.bench import plot
 
-        image = path.with_suffix(".png")
-        problem = plot.draw(document, image)
-        print(f"no plot: {problem}" if problem else f"wrote {image}")
+    image = path.with_suffix(".png")
+    problem = plot.draw(document, image)
+    print(f"no plot: {problem}" if problem else f"wrote {image}")
     return 1 if failed else 0
 
 
@@ -377,6 +384,7 @@ def longest(
     most: int,
     first: int = 0,
     known: int = 0,
+    tried: Sequence[Attempt] = (),
     in_time: Callable[[], bool] = lambda: True,
 ) -> tuple[int, list[Attempt], bool]:
     """Search the largest multiple of `step` up to `most` that trains, if that gets no easier with length.
@@ -384,10 +392,11 @@ def longest(
     Args:
         trial: Trains ascending lengths one after the other in one process, and says what came of those that it came to;
             the first that fails is the last. Fewer without a failure: there was no time for more.
-        first: A guess, tried first, then one step more and so on: a good one costs one process. Without it each length
-            is a quarter above the one before.
+        first: A guess, tried first, then one step more and so on: a good one costs one process. One that fails is
+            followed by the lengths just below it. Without it each length is a quarter above the one before.
         known: A length known to pass (found under other settings); one more step is tried first, so that settings
             which cannot do better cost one trial. 0 for none.
+        tried: What an earlier search came to.
         in_time: Asked before each process.
 
     Returns:
@@ -395,25 +404,43 @@ def longest(
     """
     attempts: list[Attempt] = []
     low, limit, high = known // step, most // step, most // step + 1
-    guess = first // step
-    lengths = _upwards(low + 1, limit) if known or not guess else list(range(guess, min(guess + _ROUND, limit + 1)))
-    while high - low > 1:
-        if not in_time():
-            return low * step, attempts, False
-        found = trial([x * step for x in lengths])
-        attempts += found
+
+    def learn(found: Sequence[Attempt]) -> None:
+        nonlocal low, high
+        attempts.extend(found)
         for attempt in found:
             tokens = attempt.tokens // step
             low = max(low, tokens) if attempt.ok else min(low, tokens - 1)
             high = high if attempt.ok else min(high, tokens)
+
+    learn(tried)
+    guess, misses = first // step, 0
+    if high <= limit:
+        lengths = _between(low, high)
+    elif known or not guess:
+        lengths = _upwards(low + 1, limit)
+    else:
+        start = low + 1 if tried else guess
+        lengths = list(range(start, min(start + _ROUND, limit + 1)))
+    while high - low > 1:
+        if not in_time():
+            return low * step, attempts, False
+        found = trial([x * step for x in lengths])
+        learn(found)
         if not found or (
             found[-1].ok and len(found) < len(lengths)
         ):  # the process was ended before it came to the rest
             return low * step, attempts, False
-        if len(lengths) > 1 and found[0].tokens == lengths[-1] * step:  # no engine could be built for so much
+        several = len(lengths) > 1
+        if several and found[0].tokens == lengths[-1] * step:  # no engine could be built for so much
             lengths = lengths[: len(lengths) // 2]
+        elif high > limit:
+            lengths = _upwards(max(low + 1, low * 5 // 4), limit)
+        elif several and not found[0].ok and misses < 2:
+            misses += 1
+            lengths = list(range(max(low + 1, high - 3 * misses), high))
         else:
-            lengths = _upwards(max(low + 1, low * 5 // 4), limit) if high > limit else _between(low, high)
+            lengths = _between(low, high)
     return low * step, attempts, True
 
 
@@ -431,27 +458,78 @@ def _between(low: int, high: int) -> list[int]:
     return list(range(low + stride, high, stride))
 
 
-def _sweep(options: argparse.Namespace, job: BenchJob, runner: Runner, document: dict[str, Any], path: Path) -> bool:
+def _sweep(
+    options: argparse.Namespace,
+    job: BenchJob,
+    runner: Runner,
+    document: dict[str, Any],
+    path: Path,
+    before: dict[str, Any],
+) -> bool:
+    """Each variant's search; `before`: what earlier ones came to, by variant."""
     document["sweep"] = {
         "step": options.sweep_step,
         "most": options.sweep_max,
         "seconds": options.sweep_seconds,
         "rollout": options.rollout_tokens,
-        "variants": {},
+        "variants": dict(before),
     }
+    searches = document["sweep"]["variants"]
     for name, first in zip(options.variants, options.sweep_start, strict=True):
-        document["sweep"]["variants"][name] = _sweep_variant(options, job, runner, name, first)
+        found = searches.get(name) or {"best": 0, "utilization": None, "kv": None, "complete": False, "attempts": []}
+        if not found["complete"]:
+            searches[name] = {**found, "skipped": None}
+            _sweep_variant(options, job, runner, name, first, searches[name], lambda: write_json(document, path))
         write_json(document, path)
     print(sweep_table(document))
     return any(not found["best"] and not found["skipped"] for found in document["sweep"]["variants"].values())
 
 
-def _sweep_variant(options: argparse.Namespace, job: BenchJob, runner: Runner, name: str, first: int) -> dict[str, Any]:
+def _begun(document: dict[str, Any], options: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """The variants' searches in the result at `path`, to go on with; {} when there is none.
+
+    Raises:
+        BenchError: it is of another job, of other versions or from another device; says which.
+    """
+    if not path.exists():
+        return {}
+    try:
+        earlier = json.loads(path.read_text())
+        searches = dict(earlier["sweep"]["variants"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BenchError(f"--resume: {path} holds no sweep ({type(error).__name__}: {error})") from error
+
+    earlier.setdefault("environment", document["environment"])  # not told by the first results
+
+    def compared(one: dict[str, Any]) -> dict[str, Any]:
+        job = {k: v for k, v in one["job"].items() if k not in ("completion_tokens", "utilization")}  # a sweep's own
+        device = {k: v for k, v in one["device"].items() if k != "ballast"}
+        return {"model": one["model"], "environment": one["environment"], **one["versions"], **job, **device}
+
+    mine = compared(json.loads(json.dumps(_plain(document)))) | {"step": options.sweep_step, "most": options.sweep_max}
+    theirs = compared(earlier) | {k: earlier["sweep"][k] for k in ("step", "most")}
+    other = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v]
+    if other:
+        raise BenchError(f"--resume: {path} is of something else ({'; '.join(other)}); give another --name")
+    document["resumed"] = [*earlier.get("resumed", []), {"date": earlier["date"], "command": earlier["command"]}]
+    return searches
+
+
+def _sweep_variant(
+    options: argparse.Namespace,
+    job: BenchJob,
+    runner: Runner,
+    name: str,
+    first: int,
+    found: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Search one variant's longest completion, going on with the attempts in `found`, which is kept up to date; `save` is
+    called after each process: a search may be interrupted."""
     deadline = time.monotonic() + options.sweep_seconds
-    found: dict[str, Any] = {"best": 0, "utilization": None, "kv": None, "complete": True, "attempts": []}
-    found["skipped"] = None
     # 0: left alone, so that the memory plan decides
     chosen = [job.utilization] if job.kv_bytes else options.sweep_utilization.get(name, [0.0])
+    known, finished = 0, True
     for utilization in chosen:
 
         def trial(lengths: list[int], utilization: float = utilization) -> list[Attempt]:
@@ -465,24 +543,33 @@ def _sweep_variant(options: argparse.Namespace, job: BenchJob, runner: Runner, n
                 replace(job, **changes), title, timeout=max(1.0, min(runner.timeout, deadline - time.monotonic()))
             )
             found["skipped"] = run.get("skipped")
-            return attempts_of(lengths, run)
+            attempts = attempts_of(lengths, run)
+            found["attempts"] += [{"utilization": utilization, **asdict(attempt)} for attempt in attempts]
+            save()
+            return attempts
 
+        tried = [
+            Attempt(**{k: v for k, v in one.items() if k != "utilization"})
+            for one in found["attempts"]
+            if one["utilization"] == utilization
+        ]
         best, attempts, complete = longest(
             trial,
             step=options.sweep_step,
             most=options.sweep_max,
             first=first,
-            known=found["best"],
+            known=known,
+            tried=tried,
             in_time=lambda: time.monotonic() < deadline and found["skipped"] is None,
         )
-        found["attempts"] += [{"utilization": utilization, **asdict(attempt)} for attempt in attempts]
-        found["complete"] = found["complete"] and complete
-        if best > found["best"]:
+        finished = finished and complete
+        if best > known:
+            known = best
             passed = next(a for a in attempts if a.ok and a.tokens == best)
             found.update(best=best, utilization=utilization, kv=(passed.detail or {})["kv"])
         if found["skipped"] is not None:
             break
-    return found
+    found["complete"] = finished
 
 
 def attempts_of(lengths: list[int], run: dict[str, Any]) -> list[Attempt]:
@@ -949,6 +1036,14 @@ def _checkpoint(options: argparse.Namespace, shape: str | None, device: dict[str
         if made.returncode:
             raise BenchError(f"{shape} could not be made:\n{made.stderr[-2000:]}")
     return str(folder)
+
+
+def _told_environment() -> dict[str, str]:
+    """Variables that change what is measured, without those that name this machine's folders."""
+    prefixes = ("PYTORCH_", "RLPATCH_", "VLLM_", "CUBLAS_", "NVIDIA_TF32")
+    return {
+        name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes) and os.sep not in value
+    }
 
 
 def _own_version() -> str:

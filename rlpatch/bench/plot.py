@@ -1,4 +1,5 @@
-"""Memory over time, one lane per variant, phases shaded: ``python -m rlpatch.bench.plot RESULT.json [IMAGE]``."""
+"""Memory over time, one lane per variant, phases shaded; of a sweep, memory over the completions' length:
+``python -m rlpatch.bench.plot RESULT.json [IMAGE]``."""
 
 from __future__ import annotations
 
@@ -21,20 +22,32 @@ COLORS = {
 
 
 def draw(result: dict[str, Any], path: Path) -> str | None:
-    """Draw the last repeat of each variant of a result to `path` (the suffix tells the format).
+    """Draw the last repeat of each variant of a result, or the lengths of a sweep, to `path` (the suffix tells the format).
 
     Returns:
         None, or why there is no plot.
     """
-    found = {name: _last_timeline(variant) for name, variant in result["variants"].items()}
-    lanes = {name: lane for name, lane in found.items() if lane is not None}
-    if not lanes:
-        return "no variant has a timeline"
+    lanes: dict[str, Any] = {}
+    if "sweep" not in result:
+        found = {name: _last_timeline(variant) for name, variant in result["variants"].items()}
+        lanes = {name: lane for name, lane in found.items() if lane is not None}
+        if not lanes:
+            return "no variant has a timeline"
+    elif not any(one["attempts"] for one in result["sweep"]["variants"].values()):
+        return "no variant has trained a length"
     try:
         import matplotlib
     except ImportError:
         return f"matplotlib is not installed; later: python -m rlpatch.bench.plot {path.with_suffix('.json')}"
     matplotlib.use("Agg")
+    if lanes:
+        _draw_lanes(result, lanes, path)
+    else:
+        _draw_sweep(result, path)
+    return None
+
+
+def _draw_lanes(result: dict[str, Any], lanes: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.patches import Patch as Swatch
 
@@ -69,7 +82,45 @@ def draw(result: dict[str, Any], path: Path) -> str | None:
     )  # fmt: skip
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    return None
+
+
+def _draw_sweep(result: dict[str, Any], path: Path) -> None:
+    """Each variant's longest completion as a bar, beside it the KV cache it had and the first length that failed."""
+    from matplotlib import pyplot
+
+    variants = {name: one for name, one in result["sweep"]["variants"].items() if one["attempts"]}
+    figure, (bars, peaks) = pyplot.subplots(
+        2, figsize=(9, 3.4 + 0.7 * len(variants)), height_ratios=(len(variants), 4), sharex=True, layout="constrained"
+    )
+    device = result["device"]
+    limit = device.get("emulated_gib") or (device.get("total_bytes") or 0) / 2**30
+    for place, (name, one) in enumerate(variants.items()):
+        color = f"C{place}"
+        bars.barh(place, one["best"], color=color, alpha=0.6)
+        kv = (one["kv"] or {}).get("bytes")
+        at = {None: "", 0: ", planned"}.get(one["utilization"], f", utilization {one['utilization']}")
+        text = f"{one['best']:,} tokens" + (f", KV cache {kv / 2**30:.1f} GiB{at}" if kv else "")
+        bars.text(0, place, f"  {text}{'' if one['complete'] else ' (search not finished)'}", va="center", fontsize=9)
+        passed = sorted(
+            (a["tokens"], a["detail"]["memory_peak"] / 2**30)
+            for a in one["attempts"]
+            if a["ok"] and (a["detail"] or {}).get("memory_peak")
+        )
+        peaks.plot(*zip(*passed, strict=True) if passed else ((), ()), "o-", color=color, label=name)
+        failed = sorted(a["tokens"] for a in one["attempts"] if not a["ok"])
+        peaks.plot(failed, [limit] * len(failed), "x", color=color, markersize=9, clip_on=False)
+    bars.set_yticks(range(len(variants)), list(variants))
+    bars.invert_yaxis()
+    if limit:
+        peaks.axhline(limit, color="black", linewidth=0.8, linestyle=":")
+    peaks.set_ylim(bottom=0)
+    peaks.set_xlim(left=0)
+    peaks.set_ylabel("GiB used at the most\n(× failed)")
+    peaks.set_xlabel("tokens per completion")
+    peaks.legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"{result['name']} · {device['name']}", fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def _unit(lanes: dict[str, Any]) -> tuple[str, float]:

@@ -67,3 +67,9 @@ def test_a_sweep_that_generates_less_than_it_trains(tmp_path: Path) -> None:
     assert first["detail"]["generated"] == second["detail"]["generated"] == 2 * 6
     assert (first["detail"]["trained"], second["detail"]["trained"]) == (32.0, 64.0)
     assert found["variants"]["rlpatch"]["kv"]["bytes"] == 128 << 20
+    again = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    resumed = json.loads((tmp_path / "sweep.json").read_text())
+    assert resumed["sweep"] == found and len(resumed["resumed"]) == 1

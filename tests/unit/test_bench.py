@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -175,6 +176,79 @@ def test_a_good_guess_costs_one_process() -> None:
     rounds: list[list[int]] = []
     assert command.longest(oracle(43_100, rounds), step=2048, most=131_072, first=38_912)[0] == 43_008
     assert rounds == [[38_912 + 2048 * i for i in range(8)]]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [
+    (41_000, [38_912, 40_960, 43_008]),
+    (37_000, [38_912, 40_960, 43_008]),  # and then what is below these
+])  # fmt: skip
+def test_after_a_guess_that_fails_come_the_lengths_just_below(limit: int, expected: list[int]) -> None:
+    rounds: list[list[int]] = []
+    best, _, complete = command.longest(oracle(limit, rounds), step=2048, most=131_072, first=45_056)
+    assert rounds[1] == expected and complete and best == limit // 2048 * 2048
+    assert limit > 38_912 or rounds[2][0] == 26_624
+
+
+@pytest.mark.parametrize("ends", [1, 2, 3])
+@pytest.mark.parametrize("limit", [30_000, 43_100, 70_000])
+def test_an_interrupted_search_goes_on_where_it_was(limit: int, ends: int) -> None:
+    whole: list[list[int]] = []
+    best, _, _ = command.longest(oracle(limit, whole), step=2048, most=131_072, first=38_912)
+    rounds: list[list[int]] = []
+    _, tried, complete = command.longest(
+        oracle(limit, rounds), step=2048, most=131_072, first=38_912, in_time=lambda: len(rounds) < ends
+    )
+    again = command.longest(oracle(limit, rounds), step=2048, most=131_072, first=38_912, tried=tried)
+    assert again[0] == best and again[2]
+    assert again[1][: len(tried)] == tried
+    tokens = [attempt.tokens for attempt in again[1]]
+    assert len(tokens) == len(set(tokens))
+    assert complete or len(rounds) > ends
+
+
+def sweep_document(**changes: Any) -> dict[str, Any]:
+    searches = {"trl": {"best": 512, "utilization": 0.3, "kv": None, "complete": True, "skipped": None, "attempts": []}}
+    return {
+        "date": "d", "command": "c", "model": "tiny", "environment": {}, "versions": {"vllm": "0.25.1"},
+        "job": {"lora": 32, "completion_tokens": 256}, "device": {"name": "CPU"},
+        "sweep": {"step": 512, "most": 4096, "variants": searches}, **changes,
+    }  # fmt: skip
+
+
+SWEEP = ["--sweep-context", "--sweep-max", "4096", "--name", "x", "--resume"]
+
+
+def test_a_sweep_of_the_same_is_resumed(tmp_path: Path) -> None:
+    path, mine = tmp_path / "x.json", sweep_document(sweep={}, job={"lora": 32, "completion_tokens": 9})
+    options = command.parse([*SWEEP, "--variants", "trl"])
+    assert command._begun(mine, options, path) == {}
+    command.write_json(sweep_document(), path)
+    assert command._begun(mine, options, path)["trl"]["best"] == 512
+    assert mine["resumed"] == [{"date": "d", "command": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"versions": {"vllm": "0.26.0"}}, "vllm: 0.26.0 there, 0.25.1 here"),
+        ({"job": {"lora": 16}}, "lora: 16 there, 32 here"),
+        ({"device": {"name": "H200"}}, "name: H200 there, CPU here"),
+        ({"environment": {"VLLM_X": "1"}}, "environment: {'VLLM_X': '1'} there, {} here"),
+        ({"sweep": {"step": 64, "most": 4096, "variants": {}}}, "step: 64 there, 512 here"),
+        ({"sweep": None}, "holds no sweep"),
+    ],
+)
+def test_a_sweep_of_something_else_is_not_resumed(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    command.write_json(sweep_document(**changes), tmp_path / "x.json")
+    with pytest.raises(command.BenchError, match=re.escape(said)):
+        command._begun(sweep_document(), command.parse([*SWEEP, "--variants", "trl"]), tmp_path / "x.json")
+
+
+def test_the_environment_is_told_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/somewhere")
+    told = command._told_environment()
+    assert told["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True" and "VLLM_CACHE_ROOT" not in told
 
 
 def test_search_ends_with_the_time() -> None:
@@ -395,6 +469,21 @@ def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     runs = {name: {"runs": [{"result": result(2.0)}]} for name in ("trl", "rlpatch")}
     assert plot.draw(document(**runs), tmp_path / "x.png") is None
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plot_of_a_sweep(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = sweep_document(name="x", device={"name": "H200", "emulated_gib": 80})
+    assert plot.draw(found, tmp_path / "x.png") == "no variant has trained a length"
+    found["sweep"]["variants"]["trl"].update(
+        kv={"bytes": 4 << 30},
+        attempts=[
+            {"tokens": 512, "ok": True, "detail": {"memory_peak": 70 << 30}},
+            {"tokens": 1024, "ok": False, "detail": None},
+        ],
+    )
+    assert plot.draw(found, tmp_path / "x.png") is None
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
