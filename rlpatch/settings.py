@@ -62,7 +62,7 @@ class Settings:
             "standby": self.standby, "share_weights": self.share_weights, "defaults": bool(self.defaults),
             "precision": narrow, "master_weights": narrow, "compile": self.compile != "default",
             "memory_plan": bool(self.memory_plan), "one_forward": self.one_forward,
-            "park_optimizer": bool(self.park_optimizer),
+            "park_optimizer": bool(self.park_optimizer), "load_in_pieces": self.share_weights,
         }  # fmt: skip
         return switches.get(capability, True)
 

@@ -22,8 +22,10 @@ SHAPE = dict(
 )
 
 
-def patched_trainer(folder: Path, kv_bytes: int, steps: int = 4, lora: Any = None, **config: Any) -> Iterator[Any]:
-    """The body of a fixture: GRPO under rlpatch, `kv_bytes` of KV cache, in bfloat16."""
+def patched_trainer(
+    folder: Path, kv_bytes: int, steps: int = 4, lora: Any = None, from_path: bool = False, **config: Any
+) -> Iterator[Any]:
+    """The body of a fixture: GRPO under rlpatch, `kv_bytes` of KV cache, in bfloat16; `from_path` as in plain scripts."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     model = tiny.write_model(folder, "qwen3", words=4000, dtype="bfloat16", **SHAPE)
     rlpatch.apply(strict=True, defaults=False)
@@ -33,6 +35,7 @@ def patched_trainer(folder: Path, kv_bytes: int, steps: int = 4, lora: Any = Non
         steps=steps,
         dtype="bfloat16",
         lora=lora or {},
+        from_path=from_path,
         engine={"enforce_eager": False, "kv_cache_memory_bytes": kv_bytes},
         config={"vllm_max_model_length": 512, **config},
     )

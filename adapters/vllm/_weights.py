@@ -14,6 +14,8 @@ from rlpatch.patching import Patch, Wrapper
 from rlpatch.relies import Relies
 
 if TYPE_CHECKING:
+    import torch
+
     from rlpatch.phases import Colocation
 
 logger = logging.getLogger("rlpatch")
@@ -68,6 +70,7 @@ def trainer_memory_loader() -> type:
                 return
             try:
                 sharing.fill(model, model.load_weights)
+                give_back(next(model.parameters()).device)
                 missing = [n for n, p in model.named_parameters() if storage_key(p) not in sharing.written]
                 if missing:
                     logger.info("rlpatch: the trainer has no %s; loading it from disk", ", ".join(missing))
@@ -152,6 +155,16 @@ def outside_the_pool() -> Iterator[None]:
     finally:
         begin(device, pool.id)
         torch.cuda.memory._cuda_releasePool(device, pool.id)  # the reference that `begin` took beside the first one's
+
+
+def give_back(device: torch.device) -> None:
+    """Where the trainer's weights were, nothing is left: give it to the device before something small settles there and
+    keeps it (workspaces, the engine's buffers), for then torch no longer can."""
+    from rlpatch.standby import make_room
+
+    if device.type != "cpu":
+        with outside_the_pool():
+            make_room(device)
 
 
 def _torch(*names: str) -> Any:

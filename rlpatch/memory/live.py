@@ -117,7 +117,7 @@ def describe(
         head=TILES if head == FULL and _of(args, "use_liger_kernel", False) else head,
         attention=_attention(base.config),
         processes=_of(args, "world_size", 1),
-        expandable_segments=_expandable(),
+        expandable_segments=expandable_segments(),
         trainable=trainable,
     )
     fields: dict[str, Any] = dict(
@@ -244,6 +244,7 @@ def _attention(config: Any) -> str:
     return "flash" if "flash" in name else "eager" if name == "eager" else "sdpa"
 
 
-def _expandable() -> bool:
+def expandable_segments() -> bool:
+    """Whether the environment asks torch's allocator for expandable segments."""
     options = os.environ.get("PYTORCH_ALLOC_CONF", "") + "," + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     return "expandable_segments:true" in options.lower().replace(" ", "")

@@ -440,6 +440,7 @@ def test_what_the_loader_reorders_is_copied(trainer_of: Any, tmp_path: Any) -> N
 
 def test_weights_that_do_not_fit_twice(trainer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a crowded device the engine's weights come into being one by one, out of what the trainer lets go of."""
+    from rlpatch.adapters.vllm import _weights
     from rlpatch.sharing import late
     from rlpatch.sharing.share import Sharing
 
@@ -450,6 +451,7 @@ def test_weights_that_do_not_fit_twice(trainer_of: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(late.Crowded.__init__, "__defaults__", (contextlib.nullcontext, 1))
     resident: list[int] = []
     freed: list[int] = []
+    given_back: list[int] = []
     fill, original = Sharing.fill, late.Crowded.freed
 
     def watched(self: Any, model: Any, loader: Any) -> None:
@@ -461,8 +463,10 @@ def test_weights_that_do_not_fit_twice(trainer_of: Any, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Sharing, "fill", watched)
     monkeypatch.setattr(late.Crowded, "freed", lambda self, size: (freed.append(size), original(self, size))[1])
+    monkeypatch.setattr(_weights, "give_back", lambda device: given_back.append(sum(freed)))
     trainer = trainer_of()
     pair = pair_of(trainer)
+    assert given_back == [sum(freed)]  # once, when the trainer has let go of everything
     assert pair.shares and not pair.sharing.copied
     total = sum(p.untyped_storage().nbytes() for p in pair.engine.model.parameters())
     assert resident[0] < 0.05 * total and resident == sorted(resident)

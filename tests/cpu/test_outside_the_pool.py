@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 cumem = pytest.importorskip("vllm.device_allocator.cumem")
 
-from rlpatch.adapters.vllm._weights import outside_the_pool  # noqa: E402
+from rlpatch.adapters.vllm._weights import give_back, outside_the_pool  # noqa: E402
 
 POOL = types.SimpleNamespace(id=(0, 7))
 
@@ -57,3 +57,15 @@ def test_nothing_to_leave(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> 
     with outside_the_pool():  # a torch that calls it otherwise
         pass
     assert calls == []
+
+
+def test_what_the_trainer_let_go_of_is_given_back_outside(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator(monkeypatch, "weights", {"weights": (POOL, None)})
+    device = types.SimpleNamespace(empty_cache=lambda: calls.append("empty"))
+    monkeypatch.setattr(torch, "get_device_module", lambda which: device)
+    give_back(torch.device("cpu"))  # has no such cache
+    assert calls == []
+    give_back(torch.device("cuda", 0))
+    assert [call if isinstance(call, str) else call[0] for call in calls] == [
+        "endAllocateToPool", "empty", "beginAllocateCurrentThreadToPool", "releasePool",
+    ]  # fmt: skip

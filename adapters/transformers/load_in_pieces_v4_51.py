@@ -1,0 +1,36 @@
+"""Weights that come into the device's memory one by one, so that they can leave it one by one.
+
+``from_pretrained`` with a device map, which is how TRL loads a model given as a path, first has torch's allocator reserve
+all of the weights in one segment (``caching_allocator_warmup``), and torch gives a segment back only when nothing in it is
+left. When the weights have moved into the engine, a single small tensor keeps the whole of it from the KV cache (15 GiB of
+an 8B model with a LoRA on an H200, bench/results/h200-8b-script-lora32-bytes-vllm0.25.1.json), and where the device holds
+the weights only once, none of them could go before the last one has. Without it each large tensor has a segment of its own;
+loading asks the driver for memory some hundred times. Expandable segments give back what is free in them: left alone.
+Delete when: torch gives back parts of a segment, or transformers no longer reserves weights as one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlpatch.patching import Patch
+from rlpatch.registry import Adapter, Context
+
+
+def _warm_up(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from rlpatch.memory.live import expandable_segments
+
+    return wrapped(*args, **kwargs) if expandable_segments() else None
+
+
+def _patches(context: Context) -> list[Patch]:
+    return [Patch("transformers.modeling_utils", "caching_allocator_warmup", _warm_up)]
+
+
+ADAPTER = Adapter(
+    capability="load_in_pieces",
+    library="transformers",
+    versions=">=4.51,<5.24",
+    module="transformers.modeling_utils",
+    patches=_patches,
+)
