@@ -643,7 +643,7 @@ class BenchRun:
             row["metrics"] = {name: log.get(key) for name, key in METRICS.items()}
         measured, spans = self.rows[self.job.warmup :], self.spans[self.job.warmup :]
         since, until = (spans[0][0], spans[-1][1]) if spans else (self.training_from, self.training_until)
-        status = None if self.variant.apply is None else rlpatch.status().as_dict()
+        status = None if self.variant.apply is None else without_folders(rlpatch.status().as_dict(), self.job.model)
         return {
             "job": told_job(self.job),
             "device": torch.cuda.get_device_name() if self.cuda else "CPU",
@@ -710,6 +710,15 @@ def told_job(job: BenchJob) -> dict[str, Any]:
     fields = asdict(job)
     folders = ("output", "caches")
     return {k: Path(v).name if k == "model" else v for k, v in fields.items() if k not in folders}
+
+
+def without_folders(value: Any, model: str) -> Any:
+    """Plain data in which the model's path is its name."""
+    if isinstance(value, dict):
+        return {key: without_folders(one, model) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(one, model) for one in value]
+    return Path(model).name if value == model else value
 
 
 def _fits_length() -> bool:

@@ -14,7 +14,17 @@ import pytest
 from rlpatch.bench import command, plot, shapes
 from rlpatch.bench.command import Attempt, Runner
 from rlpatch.bench.memory_watch import Clock, Interval, decimate, innermost_over_time, memory_by_phase, timeline
-from rlpatch.bench.run import TOO_LONG, VARIANTS, BenchJob, Variant, is_out_of_memory, medians, told_job, variant_of
+from rlpatch.bench.run import (
+    TOO_LONG,
+    VARIANTS,
+    BenchJob,
+    Variant,
+    is_out_of_memory,
+    medians,
+    told_job,
+    variant_of,
+    without_folders,
+)
 
 GIB = 2**30
 
@@ -242,6 +252,11 @@ def test_a_sweep_of_something_else_is_not_resumed(tmp_path: Path, changes: dict[
     command.write_json(sweep_document(**changes), tmp_path / "x.json")
     with pytest.raises(command.BenchError, match=re.escape(said)):
         command._begun(sweep_document(), command.parse([*SWEEP, "--variants", "trl"]), tmp_path / "x.json")
+
+
+def test_the_model_s_folder_is_not_told() -> None:
+    told = without_folders({"precision": [{"model": "/a/b", "cost": 2}], "x": ("/a/b", "/a")}, "/a/b")
+    assert told == {"precision": [{"model": "b", "cost": 2}], "x": ["b", "/a"]}
 
 
 def test_the_environment_is_told_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
