@@ -627,8 +627,9 @@ class Colocation:
             yield
             return
         self._rolling, self._instead = True, instead
+        quiet = self.context.providers.get("rollout_gc", contextlib.nullcontext)
         try:
-            with self._in_place():
+            with quiet(), self._in_place():
                 yield
         finally:
             self._rolling, self._instead = False, None

@@ -639,7 +639,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     """
     if not results:
         return None
-    from rlpatch.bench.run import medians
+    from rlpatch.bench.run import means, medians
 
     rows = [row for result in results for row in result["steps"][result["job"]["warmup"] :]]
     by_phase: dict[str, dict[str, int]] = {}
@@ -657,6 +657,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any] | None:
         "repeats": len(results),
         "measured_steps": len(rows),
         "median": medians(rows, kv.get("bytes")),
+        "mean": means(rows),
         "kv": kv,
         "memory": {
             "by_phase": by_phase,
@@ -705,6 +706,9 @@ def table(document: dict[str, Any]) -> str:
             rows.append([f"step, × {base}", *cells(ratio(reference))])
     rows += [
         ["rollout tokens/s", *cells(lambda s: _number(s["median"].get("tokens_per_second"), ",.0f"))],
+        ["the same, all steps together", *cells(lambda s: _number(s["mean"]["tokens_per_second"], ",.0f"))],
+        ["garbage collection, s a step", *cells(lambda s: _number(s["mean"]["collector"], ".4f"))],
+        ["… while generating", *cells(lambda s: _number(s["mean"]["collector_generating"], ".4f"))],
         ["logp difference", *cells(lambda s: _number(s["median"].get("logp_difference"), ".3g"))],
         *([["frozen base changed, elements", *cells(_drift)]] if document["job"].get("check_base") else []),
         ["memory: generating, max", *cells(phase("generate", "max"))],

@@ -182,6 +182,7 @@ class BenchRun:
     def __init__(self, job: BenchJob, emit: Callable[[str, Any], None] = lambda kind, value: None) -> None:
         import torch
 
+        from rlpatch.bench.collector_clock import CollectorClock
         from rlpatch.bench.memory_watch import Clock, MemoryWatch
 
         self.job, self.emit = job, emit
@@ -189,6 +190,7 @@ class BenchRun:
         self.cuda = torch.cuda.is_available()
         self.synchronize = torch.cuda.synchronize if self.cuda else lambda: None
         self.clock = Clock(self.synchronize if job.phase_sync else lambda: None)
+        self.collector = CollectorClock(self.clock)
         self.stage = "import"
         self.watch = MemoryWatch(job.interval, self.clock)
         self.clock.on_edge = self.watch.sample
@@ -568,6 +570,7 @@ class BenchRun:
             def on_train_begin(self, *_: Any, **__: Any) -> None:
                 run.synchronize()
                 run.clock.step = 0
+                run.collector.start()
                 self.began = time.perf_counter()
                 self.tokens = run.tokens
 
@@ -597,6 +600,7 @@ class BenchRun:
             "seconds": {**seconds, "step": step_seconds},
             "tokens": tokens,
             "tokens_per_second": tokens / seconds["generate"] if seconds["generate"] else None,
+            "collector": self.collector.of(self.clock.step),
             "after_release": self.after_release,
         }
 
@@ -635,6 +639,7 @@ class BenchRun:
         from rlpatch.bench.memory_watch import memory_by_phase, timeline
 
         self.watch.stop()
+        self.collector.stop()
         samples, intervals = self.watch.samples, self.clock.intervals
         logged = [row for row in self.trainer.state.log_history if "loss" in row]
         for index, (row, (begin, end)) in enumerate(zip(self.rows, self.spans, strict=True)):
@@ -689,6 +694,19 @@ def medians(rows: list[dict[str, Any]], kv_bytes: int | None) -> dict[str, Any]:
         seconds = found[name]
         found[f"{name}_ms_per_gib"] = 1e3 * seconds / (kv_bytes / 2**30) if seconds and kv_bytes else None
     return found
+
+
+def means(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """What medians hide because it comes now and then: tokens per second of all rollouts together, and seconds per step
+    that the garbage collector took, in all and while generating; None without steps."""
+    if not rows:
+        return dict.fromkeys(("tokens_per_second", "collector", "collector_generating"))
+    generating = sum(row["seconds"]["generate"] for row in rows)
+    return {
+        "tokens_per_second": sum(row["tokens"] for row in rows) / generating if generating else None,
+        "collector": statistics.fmean(row["collector"]["seconds"] for row in rows),
+        "collector_generating": statistics.fmean(row["collector"]["generate"] for row in rows),
+    }
 
 
 def make_prompts(tokenizer: Any, tokens: int, count: int = 64) -> tuple[list[str], int]:

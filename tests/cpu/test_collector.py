@@ -17,6 +17,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 pytest.importorskip("vllm")
 
 import rlpatch
+from rlpatch.demo.worker import engine_of
 
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
 
@@ -77,6 +78,44 @@ def test_what_was_frozen_before_stays_frozen_and_that_is_said(
     with rlpatch.patched(**ONLY):
         _, frozen = build(tiny_model)
     assert frozen >= before and "and the collector cannot thaw a part" in caplog.text
+
+
+# ---- rollouts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_collector_rests_while_a_trainer_s_engine_generates(
+    trainer_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(steps=1)
+    engine, generate = engine_of(trainer).llm_engine, trainer.vllm_generation.generate
+    step, seen = engine.step, []
+    monkeypatch.setattr(engine, "step", lambda: (seen.append(gc.isenabled()), step())[1])
+    prompts = [[5, 6, 7]]
+    generate(prompts=prompts, images=None, num_generations=1)
+    assert seen and not any(seen) and gc.isenabled()
+    monkeypatch.setattr(engine, "step", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(prompts=prompts, images=None, num_generations=1)
+    assert gc.isenabled()
+
+
+def test_whoever_switched_it_off_keeps_it_off() -> None:
+    from rlpatch.adapters.vllm.rollout_gc_v0_9 import paused
+
+    gc.disable()
+    with paused():
+        pass
+    assert not gc.isenabled()
+    gc.enable()
+
+
+def test_it_need_not_rest(trainer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(apply={"exclude": ["rollout_gc"]}, steps=1)
+    engine, seen = engine_of(trainer).llm_engine, []
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (seen.append(gc.isenabled()), step())[1])
+    trainer.vllm_generation.generate(prompts=[[5, 6, 7]], images=None, num_generations=1)
+    assert seen and all(seen)
 
 
 # ---- capture: the real runner classes, with a stand-in for what they capture (no CUDA graphs on a CPU) ------------------

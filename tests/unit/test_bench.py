@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from rlpatch.bench import command, plot, shapes
+from rlpatch.bench.collector_clock import CollectorClock
 from rlpatch.bench.command import Attempt, Runner
 from rlpatch.bench.memory_watch import Clock, Interval, decimate, innermost_over_time, memory_by_phase, timeline
 from rlpatch.bench.run import (
@@ -20,6 +22,7 @@ from rlpatch.bench.run import (
     BenchJob,
     Variant,
     is_out_of_memory,
+    means,
     medians,
     told_job,
     variant_of,
@@ -340,6 +343,34 @@ def test_clock_counts_each_second_once() -> None:
     assert clock.innermost == "train"
 
 
+def test_the_collector_s_seconds_by_step_and_phase() -> None:
+    clock = Clock()
+    collector = CollectorClock(clock)
+    gc.disable()  # but for what is asked for here
+    collector.start()
+    try:
+        clock.step = 1
+        gc.collect()
+        with clock.phase("rollout"), clock.phase("generate"):
+            gc.collect()
+            gc.collect(0)
+    finally:
+        collector.stop()
+        gc.enable()
+    gc.collect()
+    found = collector.of(1)
+    assert found["full"] == 2 and 0 < found["generate"] < found["seconds"] < 10
+    assert collector.of(0) == {"seconds": 0, "generate": 0, "full": 0}
+
+
+def test_means_tell_what_comes_now_and_then() -> None:
+    rows = result(2.0)["steps"][1:]
+    assert means(rows) == pytest.approx(
+        {"tokens_per_second": 2048, "collector": 0.4 / 3, "collector_generating": 0.2 / 3}
+    )
+    assert set(means([]).values()) == {None}
+
+
 def test_clock_names_the_innermost_phase_that_failed() -> None:
     calls: list[str] = []
     clock = Clock(lambda: calls.append("synchronize"))
@@ -392,6 +423,7 @@ def result(step: float, warmup: int = 1, peak: int = 10 * GIB) -> dict[str, Any]
             "tokens": 2048,
             "tokens_per_second": 2048.0,
             "after_release": {"used": 4 * GIB},
+            "collector": {"seconds": 0.2 * (i % 2), "generate": 0.1 * (i % 2), "full": i % 2},
             "metrics": {"logp_difference": 0.01 * (i + 1)},
         }
         for i in range(warmup + 3)
