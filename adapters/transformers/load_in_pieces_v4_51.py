@@ -15,6 +15,7 @@ from typing import Any
 
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
 
 
 def _warm_up(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -33,4 +34,5 @@ ADAPTER = Adapter(
     versions=">=4.51,<5.24",
     module="transformers.modeling_utils",
     patches=_patches,
+    relies_on=(Relies("transformers.modeling_utils:caching_allocator_warmup", positional=("model",)),),
 )

@@ -37,5 +37,8 @@ ADAPTER = Adapter(
     versions=">=0.9.2,<0.34",
     module="vllm.entrypoints.llm",
     provides=paused,
-    relies_on=(Relies("vllm.entrypoints.llm:LLM.generate"),),
+    relies_on=(
+        Relies("vllm.entrypoints.llm:LLM.generate", lacks=("gc.disable()",)),
+        Relies("vllm.entrypoints.llm:LLM._run_engine", lacks=("gc.disable()",)),
+    ),
 )

@@ -236,6 +236,8 @@ CLAIMS = (
     Claim("bitsandbytes_v0_9", "<0.18", BNB_LAYER, "BitsAndBytesLinearMethod.create_weights",
           has=("torch.empty(total_size // quant_ratio, 1, dtype=torch.uint8)", "'pack_factor': quant_ratio")),
     Claim("bitsandbytes_v0_28", ">=0.28", BNB, "", there=False),
+    # ---- rollout_gc ----
+    Claim("rollout_gc_v0_9", ">=0.9.2", LLM, "LLM.generate", lacks=("gc.disable",)),
     # ---- graph_capture_gc ----
     Claim("collector_v0_9", "<0.10", RUNNER, "GPUModelRunner.capture_model", lacks=("gc.",)),
     Claim("collector_v0_9 collector_v0_12", ">=0.10,<0.18", RUNNER, "GPUModelRunner.capture_model",
