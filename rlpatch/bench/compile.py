@@ -22,20 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from rlpatch.bench import shapes
-from rlpatch.bench.command import (
-    BenchError,
-    Runner,
-    _checkpoint,
-    _device,
-    _number,
-    _own_version,
-    failure,
-    order,
-    render,
-    said,
-    split,
-    write_json,
-)
+from rlpatch.bench.command import order, split
+from rlpatch.bench.processes import BenchError, Runner, checkpoint, device_facts, failure
+from rlpatch.bench.report import figure, own_version, render, said, write_json
 from rlpatch.bench.start import OTHER, PHASES, START, StartJob
 from rlpatch.compilation.profiles import PROFILES, SETTINGS, named
 from rlpatch.errors import UsageError
@@ -145,9 +134,9 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         found = installed(library)
         if not found.present:
             raise BenchError(f"{found}; the bench starts real engines and needs it")
-    device = _device()
+    device = device_facts()
     shape = options.shape or (None if options.model else ("0.6b" if device["cuda"] else shapes.TINY))
-    model = _checkpoint(options, shape, device)
+    model = checkpoint(options, shape, device)
     title = shape or Path(model).resolve().name
     versions = {library: str(installed(library).version) for library in LIBRARIES}
     job = StartJob(
@@ -170,7 +159,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m rlpatch.bench.compile " + said(argv),
-        "versions": {"rlpatch": _own_version(), "python": sys.version.split()[0], **versions},
+        "versions": {"rlpatch": own_version(), "python": sys.version.split()[0], **versions},
         "device": {**device, "cores": os.cpu_count()},
         "model": title,
         "job": {k: v for k, v in asdict(job).items() if k not in ("variant", "model", "output", "caches")},
@@ -208,7 +197,7 @@ def table(document: dict[str, Any]) -> str:
         cells = []
         for name in found:
             values = [value for result in results(name, state) if (value := read(result)) is not None]
-            cells.append(_number(statistics.median(values) if values else None, form))
+            cells.append(figure(statistics.median(values) if values else None, form))
         return None if all(cell == "–" for cell in cells) else [label, *cells]
 
     rows: list[list[str] | None] = []

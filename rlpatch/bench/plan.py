@@ -19,22 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from rlpatch.bench import shapes
-from rlpatch.bench.command import (
-    LIBRARIES,
-    BenchError,
-    Runner,
-    _checkpoint,
-    _device,
-    _gib,
-    _own_version,
-    ballast,
-    failure,
-    render,
-    said,
-    split,
-    write_json,
-)
+from rlpatch.bench.command import split
 from rlpatch.bench.held import HeldJob
+from rlpatch.bench.processes import BenchError, Runner, ballast, checkpoint, device_facts, failure
+from rlpatch.bench.report import LIBRARIES, gib, own_version, render, said, write_json
 
 SCHEMA = 1
 
@@ -139,7 +127,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         found = installed(library)
         if not found.present:
             raise BenchError(f"{found}; the bench trains for real and needs it")
-    device = _device()
+    device = device_facts()
     if options.emulate_gib is not None and not device["cuda"]:
         raise BenchError("--emulate-gib needs a GPU")
     versions = {library: str(installed(library).version) for library in (*LIBRARIES, "bitsandbytes")}
@@ -165,7 +153,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m rlpatch.bench.plan " + said(argv),
-        "versions": {"rlpatch": _own_version(), "python": sys.version.split()[0], **versions},
+        "versions": {"rlpatch": own_version(), "python": sys.version.split()[0], **versions},
         "device": {**device, "emulated_gib": options.emulate_gib, "cores": os.cpu_count()},
         "job": {k: v for k, v in asdict(job).items() if k not in ("variant", "model", "output", "setting")},
         "settings": {},
@@ -176,7 +164,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
     with ballast(options.emulate_gib):
         for number, (shape, name) in enumerate(turns, 1):
             setting = SETTINGS[name]
-            model = _checkpoint(options, shape, device)
+            model = checkpoint(options, shape, device)
             one = replace(job, model=model, setting=name, lora=setting.lora, optim=setting.optim, beta=setting.beta)
             title = f"{shape} {name}"
             run = runner.run(one, f"[{number}/{len(turns)}] {title}")
@@ -214,12 +202,12 @@ def table(document: dict[str, Any]) -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     measured, difference = row["measured"], row["difference"]
     if measured is None:
-        return [row["name"], _gib(row["planned"]), "–", "–", row["why"]]
+        return [row["name"], gib(row["planned"]), "–", "–", row["why"]]
     verdict = "exact" if not difference else "near" if row["near"] else "OFF"
     if "margin" in row:
-        verdict += ", TOO SMALL" if row["too_small"] else f", margin {_gib(row['margin'])}"
+        verdict += ", TOO SMALL" if row["too_small"] else f", margin {gib(row['margin'])}"
     share = f" ({100 * difference / measured:+.0f} %)" if measured else ""
-    return [row["name"], _gib(row["planned"]), _gib(measured), _gib(difference) + share, verdict]
+    return [row["name"], gib(row["planned"]), gib(measured), gib(difference) + share, verdict]
 
 
 if __name__ == "__main__":

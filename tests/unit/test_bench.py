@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from rlpatch.bench import command, plot, shapes
+from rlpatch.bench import command, plot, processes, report, shapes, sweep
 from rlpatch.bench.collector_clock import CollectorClock
-from rlpatch.bench.command import Attempt, Runner
 from rlpatch.bench.memory_watch import Clock, Interval, decimate, innermost_over_time, memory_by_phase, timeline
+from rlpatch.bench.processes import Runner
 from rlpatch.bench.run import (
     TOO_LONG,
     VARIANTS,
@@ -28,6 +28,7 @@ from rlpatch.bench.run import (
     variant_of,
     without_folders,
 )
+from rlpatch.bench.sweep import Attempt
 
 GIB = 2**30
 
@@ -133,7 +134,7 @@ def test_what_a_variant_s_name_sets_is_in_force(change: str, monkeypatch: pytest
 
 def test_results_do_not_say_where_a_machine_keeps_things() -> None:
     argv = ["--shape", "8b", "--models", "/a/b", "--out=/c", "--logs", "--models", "--name", "x y"]
-    assert command.said(argv) == "--shape 8b --name 'x y'"
+    assert report.said(argv) == "--shape 8b --name 'x y'"
     told = told_job(BenchJob(variant="trl", model="/a/b/8b-bf16", output="/tmp/x"))
     assert told["model"] == "8b-bf16" and "output" not in told
 
@@ -169,7 +170,7 @@ LIMITS = (0, 511, 512, 1023, 1024, 5000, 77_777, 131_071, 131_072, 10**9)
 )
 def test_search_finds_the_longest_multiple(limit: int, known: int, first: int, engine: int) -> None:
     rounds: list[list[int]] = []
-    best, attempts, complete = command.longest(
+    best, attempts, complete = sweep.longest(
         oracle(limit, rounds, engine), step=512, most=131_072, first=first, known=known
     )
     assert complete
@@ -180,14 +181,14 @@ def test_search_finds_the_longest_multiple(limit: int, known: int, first: int, e
 
 def test_settings_that_do_no_better_cost_one_trial() -> None:
     rounds: list[list[int]] = []
-    best, attempts, _ = command.longest(oracle(5000, rounds), step=512, most=131_072, known=8192)
+    best, attempts, _ = sweep.longest(oracle(5000, rounds), step=512, most=131_072, known=8192)
     assert best == 8192
     assert [attempt.tokens for attempt in attempts] == [8704]
 
 
 def test_a_good_guess_costs_one_process() -> None:
     rounds: list[list[int]] = []
-    assert command.longest(oracle(43_100, rounds), step=2048, most=131_072, first=38_912)[0] == 43_008
+    assert sweep.longest(oracle(43_100, rounds), step=2048, most=131_072, first=38_912)[0] == 43_008
     assert rounds == [[38_912 + 2048 * i for i in range(8)]]
 
 
@@ -197,7 +198,7 @@ def test_a_good_guess_costs_one_process() -> None:
 ])  # fmt: skip
 def test_after_a_guess_that_fails_come_the_lengths_just_below(limit: int, expected: list[int]) -> None:
     rounds: list[list[int]] = []
-    best, _, complete = command.longest(oracle(limit, rounds), step=2048, most=131_072, first=45_056)
+    best, _, complete = sweep.longest(oracle(limit, rounds), step=2048, most=131_072, first=45_056)
     assert rounds[1] == expected and complete and best == limit // 2048 * 2048
     assert limit > 38_912 or rounds[2][0] == 26_624
 
@@ -206,12 +207,12 @@ def test_after_a_guess_that_fails_come_the_lengths_just_below(limit: int, expect
 @pytest.mark.parametrize("limit", [30_000, 43_100, 70_000])
 def test_an_interrupted_search_goes_on_where_it_was(limit: int, ends: int) -> None:
     whole: list[list[int]] = []
-    best, _, _ = command.longest(oracle(limit, whole), step=2048, most=131_072, first=38_912)
+    best, _, _ = sweep.longest(oracle(limit, whole), step=2048, most=131_072, first=38_912)
     rounds: list[list[int]] = []
-    _, tried, complete = command.longest(
+    _, tried, complete = sweep.longest(
         oracle(limit, rounds), step=2048, most=131_072, first=38_912, in_time=lambda: len(rounds) < ends
     )
-    again = command.longest(oracle(limit, rounds), step=2048, most=131_072, first=38_912, tried=tried)
+    again = sweep.longest(oracle(limit, rounds), step=2048, most=131_072, first=38_912, tried=tried)
     assert again[0] == best and again[2]
     assert again[1][: len(tried)] == tried
     tokens = [attempt.tokens for attempt in again[1]]
@@ -234,9 +235,9 @@ SWEEP = ["--sweep-context", "--sweep-max", "4096", "--name", "x", "--resume"]
 def test_a_sweep_of_the_same_is_resumed(tmp_path: Path) -> None:
     path, mine = tmp_path / "x.json", sweep_document(sweep={}, job={"lora": 32, "completion_tokens": 9})
     options = command.parse([*SWEEP, "--variants", "trl"])
-    assert command._begun(mine, options, path) == {}
-    command.write_json(sweep_document(), path)
-    assert command._begun(mine, options, path)["trl"]["best"] == 512
+    assert sweep.begun(mine, options, path) == {}
+    report.write_json(sweep_document(), path)
+    assert sweep.begun(mine, options, path)["trl"]["best"] == 512
     assert mine["resumed"] == [{"date": "d", "command": "c"}]
 
 
@@ -252,9 +253,9 @@ def test_a_sweep_of_the_same_is_resumed(tmp_path: Path) -> None:
     ],
 )
 def test_a_sweep_of_something_else_is_not_resumed(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    command.write_json(sweep_document(**changes), tmp_path / "x.json")
-    with pytest.raises(command.BenchError, match=re.escape(said)):
-        command._begun(sweep_document(), command.parse([*SWEEP, "--variants", "trl"]), tmp_path / "x.json")
+    report.write_json(sweep_document(**changes), tmp_path / "x.json")
+    with pytest.raises(processes.BenchError, match=re.escape(said)):
+        sweep.begun(sweep_document(), command.parse([*SWEEP, "--variants", "trl"]), tmp_path / "x.json")
 
 
 def test_the_model_s_folder_is_not_told() -> None:
@@ -265,13 +266,13 @@ def test_the_model_s_folder_is_not_told() -> None:
 def test_the_environment_is_told_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     monkeypatch.setenv("VLLM_CACHE_ROOT", "/somewhere")
-    told = command._told_environment()
+    told = report.told_environment()
     assert told["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True" and "VLLM_CACHE_ROOT" not in told
 
 
 def test_search_ends_with_the_time() -> None:
     rounds: list[list[int]] = []
-    best, _, complete = command.longest(oracle(10**9, rounds), step=512, most=131_072, in_time=lambda: len(rounds) < 2)
+    best, _, complete = sweep.longest(oracle(10**9, rounds), step=512, most=131_072, in_time=lambda: len(rounds) < 2)
     assert (best, complete) == (6144, False)
     assert rounds == [[512, 1024, 1536], [2048, 2560, 3072, 3584, 4096, 5120, 6144]]
 
@@ -280,7 +281,7 @@ def test_a_process_without_time_for_all_of_it_ends_the_search() -> None:
     def trial(lengths: list[int]) -> list[Attempt]:
         return [Attempt(tokens, True) for tokens in lengths[:2]]
 
-    best, attempts, complete = command.longest(trial, step=512, most=131_072, first=1024)
+    best, attempts, complete = sweep.longest(trial, step=512, most=131_072, first=1024)
     assert (best, len(attempts), complete) == (1536, 2, False)
 
 
@@ -317,7 +318,7 @@ def memory_out(stage: str, phase: str | None = None) -> dict[str, Any]:
     ],
 )
 def test_what_a_process_of_several_lengths_says(run: dict[str, Any], expected: list[tuple[int, bool]]) -> None:
-    attempts = command.attempts_of([1, 2, 3], run)
+    attempts = sweep.attempts_of([1, 2, 3], run)
     assert [(attempt.tokens, attempt.ok) for attempt in attempts] == expected
     assert all(attempt.detail and attempt.detail["kv"] == {"tokens": 64} for attempt in attempts)
 
@@ -456,7 +457,7 @@ def document(**variants: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_medians_leave_warmup_out_and_scale_by_kv() -> None:
-    found = command.summarize([result(2.0), result(4.0, peak=12 * GIB)])
+    found = report.summarize([result(2.0), result(4.0, peak=12 * GIB)])
     assert found is not None
     assert found["measured_steps"] == 6
     assert found["median"]["step"] == 3.0
@@ -464,19 +465,19 @@ def test_medians_leave_warmup_out_and_scale_by_kv() -> None:
     assert found["median"]["restore_ms_per_gib"] == pytest.approx(5.0)
     assert found["median"]["logp_difference"] == pytest.approx(0.03)
     assert found["memory"]["by_phase"]["train"] == {"max": 12 * GIB, "min": 1}
-    assert command.summarize([]) is None
+    assert report.summarize([]) is None
     assert medians([], None) == {}
 
 
 def test_table_holds_every_fate() -> None:
     error = {"text": "OutOfMemoryError: CUDA out of memory", "stage": "train", "phase": None, "out_of_memory": True}
     base, fast = result(2.0), result(1.5)
-    text = command.table(
+    text = report.table(
         document(
             **{
-                "trl": {"runs": [{"result": base}], "summary": command.summarize([base])},
+                "trl": {"runs": [{"result": base}], "summary": report.summarize([base])},
                 "trl-sleep": {"runs": [{"skipped": "no sleep mode here"}], "summary": None},
-                "rlpatch": {"runs": [{"result": fast}], "summary": command.summarize([fast])},
+                "rlpatch": {"runs": [{"result": fast}], "summary": report.summarize([fast])},
                 "other": {"runs": [{"error": error, "log": ["last words"]}], "summary": None},
             }
         )
@@ -492,7 +493,7 @@ def test_table_holds_every_fate() -> None:
 
 def test_json_is_strict_and_whole(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    command.write_json({"a": float("nan"), "b": [float("inf"), 1], "c": (1, 2)}, path)
+    report.write_json({"a": float("nan"), "b": [float("inf"), 1], "c": (1, 2)}, path)
     assert json.loads(path.read_text()) == {"a": None, "b": [None, 1], "c": [1, 2]}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -561,7 +562,7 @@ def test_error_keeps_the_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "sys.exit(1)"
     )
     run = child(tmp_path, monkeypatch, body).run(JOB, "t")
-    assert command.failure(run["error"]) == "X: y in sync"
+    assert processes.failure(run["error"]) == "X: y in sync"
     assert run["log"] == ["boom"]
 
 
