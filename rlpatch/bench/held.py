@@ -182,8 +182,13 @@ class HeldRun(BenchRun):
         return Steps()
 
     def _gradients(self) -> None:
-        parameters = (p for p in self.trainer.model.parameters() if p.grad is not None)
-        self.gradients = max(self.gradients, sum({p.grad.data_ptr(): p.grad.nbytes for p in parameters}.values()))
+        stepped = (
+            p for group in self.trainer.optimizer.param_groups for p in group["params"]
+        )  # masters, where they are
+        found = {
+            p.grad.data_ptr(): p.grad.nbytes for p in (*self.trainer.model.parameters(), *stepped) if p.grad is not None
+        }
+        self.gradients = max(self.gradients, sum(found.values()))
 
     def _rollout(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super()._rollout(wrapped, instance, args, kwargs)
@@ -256,6 +261,7 @@ class HeldRun(BenchRun):
             "weights": self._try("weights", weights),
             "optimizer state": self._try("optimizer state", state),
             "gradients": self.gradients or None,
+            "fp32 masters": (self.resident or {}).get("masters") or None,
             "LoRA": self._try("LoRA", lambda: resident_bytes(p for name, p in named if _is_adapter(name))),
             "reference model": None if reference is None else resident_bytes(reference.parameters()),
             "KV cache": self.kv.get("bytes"),
@@ -333,7 +339,7 @@ def compare(
         )
 
     row("weights", of("weights, shared", "weights of the trainer", "weights of the engine"), held["weights"])
-    for name in ("LoRA", "reference model", "optimizer state", "gradients"):
+    for name in ("fp32 masters", "LoRA", "reference model", "optimizer state", "gradients"):
         row(name, of(name), held[name])
     row("KV cache", plan["kv_cache_memory_bytes"], held["KV cache"])
     row("CUDA context", of("CUDA context"), held["context"], False)

@@ -35,15 +35,18 @@ class Setting:
     lora: int = 0
     optim: str = "adamw_torch_fused"
     beta: float = 0.0
+    precision: str = "object"
 
 
 SETTINGS = {
     "lora": Setting("LoRA r=32 on all linear layers", lora=32),
     "full": Setting("full fine-tuning, fused AdamW"),
     "adam-8bit": Setting("full fine-tuning, bitsandbytes' 8-bit Adam", optim="adamw_8bit"),
+    "script-lora": Setting("a plain script, LoRA r=32 (the model given as a path)", lora=32, precision="script"),
+    "script-full": Setting("a plain script, full fine-tuning (float32 masters)", precision="script"),
     "reference": Setting("full fine-tuning with a reference model (beta 0.04)", beta=0.04),
 }
-DEFAULT = {"0.6b": tuple(SETTINGS), "8b": ("lora", "full")}
+DEFAULT = {"0.6b": tuple(SETTINGS), "8b": ("lora", "full", "script-lora")}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="settings: " + "; ".join(f"{name}: {setting.text}" for name, setting in SETTINGS.items()),
     )
     made.add_argument(
-        "--settings", metavar="A,B", help="default: all on 0.6b, and lora and full on 8b; with --shapes all on each"
+        "--settings",
+        metavar="A,B",
+        help="default: all on 0.6b, and lora, full and script-lora on 8b; with --shapes all on each",
     )
     made.add_argument("--shapes", metavar="S,T", help=f"of {', '.join(shapes.NAMES)}, random weights (CPU: tiny)")
     made.add_argument("--models", metavar="DIR", help="where checkpoints are kept (default ~/.cache/rlpatch/models)")
@@ -165,7 +170,8 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         for number, (shape, name) in enumerate(turns, 1):
             setting = SETTINGS[name]
             model = checkpoint(options, shape, device)
-            one = replace(job, model=model, setting=name, lora=setting.lora, optim=setting.optim, beta=setting.beta)
+            how = {field: value for field, value in asdict(setting).items() if field != "text"}
+            one = replace(job, model=model, setting=name, **how)
             title = f"{shape} {name}"
             run = runner.run(one, f"[{number}/{len(turns)}] {title}")
             document["settings"][title] = {"shape": shape, "setting": name, "text": setting.text, **run}

@@ -15,15 +15,15 @@ pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
 
 def test_the_plan_against_the_tiny_shape(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "rlpatch.bench.plan", "--settings", "lora,reference", "--steps", "2", "--completions", "4",
-        "--models", str(tmp_path / "models"), "--out", str(tmp_path / "plan.json"),
+        sys.executable, "-m", "rlpatch.bench.plan", "--settings", "script-lora,reference", "--steps", "2",
+        "--completions", "4", "--models", str(tmp_path / "models"), "--out", str(tmp_path / "plan.json"),
     ]  # fmt: skip
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert answer.returncode == 0, answer.stdout + answer.stderr
     document = json.loads((tmp_path / "plan.json").read_text())
     assert document["schema"] == 1 and document["device"]["name"] == "CPU" and document["versions"]["vllm"]
     exact = {
-        "lora": {"weights", "LoRA", "optimizer state", "gradients", "KV cache"},
+        "script-lora": {"weights", "LoRA", "optimizer state", "gradients", "KV cache"},
         "reference": {"weights", "reference model", "optimizer state", "gradients", "KV cache"},
     }
     for name, terms in exact.items():

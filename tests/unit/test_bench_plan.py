@@ -28,8 +28,8 @@ PLAN: dict[str, Any] = {
     ],
 }  # fmt: skip
 NOTHING: dict[str, int | None] = dict.fromkeys(
-    ("weights", "optimizer state", "gradients", "LoRA", "reference model", "KV cache", "context", "engine", "cached",
-     "outside torch", "loss", "backward", "step", "peak", "unused at peak", "generating", "training")
+    ("weights", "fp32 masters", "optimizer state", "gradients", "LoRA", "reference model", "KV cache", "context", "engine",
+     "cached", "outside torch", "loss", "backward", "step", "peak", "unused at peak", "generating", "training")
 )  # fmt: skip
 
 
@@ -102,7 +102,8 @@ def test_the_table() -> None:
 
 def test_settings_and_shapes() -> None:
     assert plan.chosen(plan.parse([]), True) == [
-        ("0.6b", "lora"), ("0.6b", "full"), ("0.6b", "adam-8bit"), ("0.6b", "reference"), ("8b", "lora"), ("8b", "full"),
+        *(("0.6b", name) for name in ("lora", "full", "adam-8bit", "script-lora", "script-full", "reference")),
+        ("8b", "lora"), ("8b", "full"), ("8b", "script-lora"),
     ]  # fmt: skip
     assert plan.chosen(plan.parse([]), False) == [("tiny", name) for name in plan.SETTINGS]
     assert plan.chosen(plan.parse(["--settings", "full"]), True) == [("0.6b", "full")]
