@@ -248,9 +248,12 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    runner = Runner(scratch, Path(options.logs) if options.logs else None, options.timeout)
     before = begun(document, options, path) if options.resume else {}
-    with ballast(options.emulate_gib) as held:
+    logs = Path(options.logs) if options.logs else None
+    with (
+        Runner(scratch, logs, options.timeout, ahead=options.sweep_context) as runner,
+        ballast(options.emulate_gib) as held,
+    ):
         if held:
             document["device"]["ballast"] = held
         if options.sweep_context:

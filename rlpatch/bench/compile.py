@@ -25,13 +25,14 @@ from rlpatch.bench import shapes
 from rlpatch.bench.command import order, split
 from rlpatch.bench.processes import BenchError, Runner, checkpoint, device_facts, failure
 from rlpatch.bench.report import figure, own_version, render, said, write_json
-from rlpatch.bench.start import OTHER, PHASES, START, StartJob
+from rlpatch.bench.start import OTHER, PHASES, START, StartJob, caches_in
 from rlpatch.compilation.profiles import PROFILES, SETTINGS, named
 from rlpatch.errors import UsageError
 
 SCHEMA = 1
 LIBRARIES = ("vllm", "torch", "transformers", "peft", "triton")
 COLD, WARM = "cold", "warm"
+_AT_ONCE = 3  # settings whose processes wait together
 
 
 def parser() -> argparse.ArgumentParser:
@@ -165,21 +166,27 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         "job": {k: v for k, v in asdict(job).items() if k not in ("variant", "model", "output", "caches")},
         "settings": {name: {COLD: [], WARM: []} for name in options.settings},
     }
-    runner = Runner(scratch, Path(options.logs) if options.logs else None, options.timeout)
-    runner.module = "rlpatch.bench.start"
     turns = order(options.settings, options.repeat)
-    for number, name in enumerate(turns, 1):
-        caches = scratch / f"caches-{number}"
-        for state in (COLD, WARM) if options.warm else (COLD,):
-            run = runner.run(
-                replace(job, variant=name.replace("+", ","), caches=str(caches)),
-                f"[{number}/{len(turns)}] {name} {state}",
-            )
-            document["settings"][name][state].append(run)
-            write_json(document, path)  # after every process: what was measured outlives whatever comes next
-            if "result" not in run:
-                break  # a warm start would find half a cache
-        shutil.rmtree(caches, ignore_errors=True)
+    states = (COLD, WARM) if options.warm else (COLD,)
+    logs = Path(options.logs) if options.logs else None
+    with Runner(scratch, logs, options.timeout, "rlpatch.bench.start") as runner:
+        for number, name in enumerate(turns, 1):
+            caches = scratch / f"caches-{number}"
+            if not runner.waiting:  # several at once, so that none is imported while another is measured
+                some = range(number, min(len(turns), number + _AT_ONCE - 1) + 1)
+                environments = [caches_in(scratch / f"caches-{one}") for one in some for _ in states]
+                runner.prepare(environments, f"importing in {len(environments)} processes")
+            for state in states:
+                run = runner.run(
+                    replace(job, variant=name.replace("+", ","), caches=str(caches)),
+                    f"[{number}/{len(turns)}] {name} {state}",
+                )
+                document["settings"][name][state].append(run)
+                write_json(document, path)  # after every process: what was measured outlives whatever comes next
+                if "result" not in run:
+                    runner.dismiss()
+                    break  # a warm start would find half a cache
+            shutil.rmtree(caches, ignore_errors=True)
     print(table(document))
     print(f"wrote {path}")
     runs = [run for found in document["settings"].values() for state in found.values() for run in state]

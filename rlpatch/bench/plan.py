@@ -163,10 +163,12 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         "job": {k: v for k, v in asdict(job).items() if k not in ("variant", "model", "output", "setting")},
         "settings": {},
     }
-    runner = Runner(scratch, Path(options.logs) if options.logs else None, options.timeout)
-    runner.module = "rlpatch.bench.held"
     turns = chosen(options, device["cuda"])
-    with ballast(options.emulate_gib):
+    logs = Path(options.logs) if options.logs else None
+    with (
+        Runner(scratch, logs, options.timeout, "rlpatch.bench.held", ahead=True) as runner,
+        ballast(options.emulate_gib),
+    ):
         for number, (shape, name) in enumerate(turns, 1):
             setting = SETTINGS[name]
             model = checkpoint(options, shape, device)

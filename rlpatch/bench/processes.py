@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,45 +27,90 @@ class BenchError(Exception):
 
 
 class Runner:
-    """Runs jobs in fresh processes, one at a time.
+    """Runs jobs in fresh processes, one at a time (a context manager, which ends those that still wait for a job).
 
     Args:
         scratch: Folder for logs and trainers' output.
         logs: Folder in which logs are kept, or None.
-        timeout: Seconds until a process is killed.
+        timeout: Seconds until a process is killed, from when it has its job.
+        module: What a process runs; its ``main`` reads the job with `read_job`.
+        ahead: While one process is at work the next one imports what it will need: for figures that are no seconds.
     """
 
-    def __init__(self, scratch: Path, logs: Path | None, timeout: float) -> None:
-        self.scratch, self.timeout = scratch, timeout
+    def __init__(
+        self, scratch: Path, logs: Path | None, timeout: float, module: str = "rlpatch.bench.run", ahead: bool = False
+    ) -> None:
+        self.scratch, self.timeout, self.module, self.ahead = scratch, timeout, module, ahead
         self.logs = logs or scratch
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.count = 0
-        self.module = "rlpatch.bench.run"
+        self.count = self._made = 0
+        self._waiting: list[tuple[subprocess.Popen[str], Path]] = []
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """End the processes that wait."""
+        for process, _log in self._waiting:
+            _end(process)
+        self._waiting.clear()
+
+    @property
+    def waiting(self) -> int:
+        """Processes that wait for a job."""
+        return len(self._waiting)
+
+    def prepare(self, environments: Sequence[Mapping[str, str]], title: str) -> None:
+        """Start the processes of the next jobs, all at once, each with these variables, and let them import what they will
+        need: where seconds count, they then do so while nothing is measured."""
+        with Progress(title) as progress:
+            made = [self._start(extra) for extra in environments]
+            for process, _log in made:
+                assert process.stdout is not None
+                while (line := process.stdout.readline()) and "ready" not in _message(line):
+                    pass
+            progress.end("done")
+
+    def _start(self, extra: Mapping[str, str], ahead: bool = True) -> tuple[subprocess.Popen[str], Path]:
+        """A process that waits for its job, the last of those that do; `ahead`: and imports meanwhile."""
+        self._made += 1
+        log = self.logs / f"process-{self._made:02d}.log"
+        with log.open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", self.module, *(["--ahead"] if ahead else [])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**_environment(), **extra},
+                start_new_session=True,  # what it starts (compile workers) ends with it
+            )
+        self._waiting.append((process, log))
+        return process, log
 
     def run(self, job: BenchJob, title: str, timeout: float | None = None) -> dict[str, Any]:
         """``{"result": …}``, ``{"skipped": reason}`` or ``{"error": {text, stage, phase, out_of_memory}, "log": […]}``,
         each with ``seconds``, ``engine`` and ``rows`` (a step's seconds and tokens) as far as it came."""
         self.count += 1
-        log = self.logs / f"{self.count:02d}-{job.variant.replace(':', '-')}.log"
         outcome: dict[str, Any] = {}
         stage = "import"
         start = time.monotonic()
-        with log.open("w") as errors, Progress(title) as progress:
-            process = subprocess.Popen(
-                [sys.executable, "-m", self.module],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=_environment(),
-                start_new_session=True,  # what it starts (compile workers) ends with it
-            )
+        if not self._waiting:
+            self._start({}, ahead=False)
+        process, started = self._waiting.pop(0)
+        log = started.rename(self.logs / f"{self.count:02d}-{job.variant.replace(':', '-')}.log")
+        with Progress(title) as progress:
             assert process.stdin is not None and process.stdout is not None
             timer = threading.Timer(timeout or self.timeout, _kill, [process])
             timer.start()
             try:
                 process.stdin.write(json.dumps(asdict(replace(job, output=str(self.scratch / f"out-{self.count}")))))
                 process.stdin.close()
+                if self.ahead:
+                    self._start({})
                 for line in process.stdout:
                     message = _message(line)
                     if "stage" in message:

@@ -19,6 +19,8 @@ fold, release beside the unfold): ``--no-phase-sync`` shows whole steps as they 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -775,11 +777,22 @@ def told(error: BaseException, stage: str, phase: str | None) -> dict[str, Any]:
     }
 
 
+def read_job() -> dict[str, Any]:
+    """The job from standard input. With ``--ahead`` on the command line it comes later: what takes most of a process's
+    first seconds is imported by then, none of which touches the device."""
+    if "--ahead" in sys.argv:
+        for name in ("torch", "transformers", "vllm.entrypoints.llm"):
+            with contextlib.suppress(Exception):  # what is missing or broken shows where it is used
+                importlib.import_module(name)
+        print(json.dumps({"ready": True}), file=sys.__stdout__, flush=True)
+    return dict(json.load(sys.stdin))
+
+
 def main(kind: type[BenchJob] = BenchJob, runs: type[BenchRun] = BenchRun) -> int:
     """Read a job, print JSON lines: ``stage``, ``engine``, ``progress``, then ``result``, ``skipped`` or ``error``."""
     out = sys.stdout
     sys.stdout = sys.stderr  # libraries print; the lines below are for the parent
-    job = kind(**json.load(sys.stdin))
+    job = kind(**read_job())
 
     def emit(kind: str, value: Any) -> None:
         print(json.dumps({kind: value}), file=out, flush=True)

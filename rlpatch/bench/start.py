@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlpatch.bench.run import BenchJob, told, told_job
+from rlpatch.bench.run import BenchJob, read_job, told, told_job
 
 START = "engine start"
 ESTIMATE = "graph estimate"
@@ -88,12 +88,10 @@ class StartJob(BenchJob):
     heap: int = 0
 
 
-def use_caches(folder: str) -> None:
-    """Point every cache of compiled code into `folder`; before torch and vLLM are imported."""
-    for variable, name in (
-        ("VLLM_CACHE_ROOT", "vllm"), ("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"),
-    ):  # fmt: skip
-        os.environ[variable] = str(Path(folder, name))
+def caches_in(folder: str | Path) -> dict[str, str]:
+    """Variables that point every cache of compiled code into `folder`; for before torch and vLLM are imported."""
+    names = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    return {variable: str(Path(folder, name)) for variable, name in names.items()}
 
 
 class Start:
@@ -254,10 +252,10 @@ def main() -> int:
     """Read a job, print JSON lines: ``stage``, then ``result`` or ``error``."""
     out = sys.stdout
     sys.stdout = sys.stderr  # libraries print; the lines below are for the parent
-    read = json.load(sys.stdin)
+    read = read_job()
     given: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
     job = StartJob(**given)
-    use_caches(job.caches)
+    os.environ.update(caches_in(job.caches))
 
     def emit(kind: str, value: Any) -> None:
         print(json.dumps({kind: value}), file=out, flush=True)

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -540,19 +541,61 @@ def test_plot_of_a_sweep(tmp_path: Path) -> None:
 JOB = BenchJob(variant="trl", model="m")
 
 
-def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Runner:
-    """A runner whose process runs `body` instead of the bench."""
-    (tmp_path / "bench_child.py").write_text("import json, os, sys, time\njob = json.load(sys.stdin)\n" + body)
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, before: str = "") -> Runner:
+    """A runner whose process runs `body` instead of the bench, with its job, and `before` it has one."""
+    lines = f"import json, os, sys, time\n{before}job = json.load(sys.stdin)\n{body}"
+    (tmp_path / "bench_child.py").write_text(lines)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    runner = Runner(tmp_path / "scratch", None, timeout=30)
-    runner.module = "bench_child"
-    return runner
+    return Runner(tmp_path / "scratch", None, timeout=30, module="bench_child")
 
 
 def test_result_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = "print('noise'); print(json.dumps({'stage': 'train'})); print(json.dumps({'result': {'got': job['model']}}))"
     run = child(tmp_path, monkeypatch, body).run(JOB, "t")
     assert run["result"] == {"got": "m"} and "error" not in run
+
+
+WAITS = """
+print(json.dumps({"result": {"model": job["model"], "ahead": "--ahead" in sys.argv, "x": os.environ.get("X")}}))
+print("said", file=sys.stderr)
+"""
+
+
+def test_processes_prepared_take_the_jobs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = "print(json.dumps({'ready': True}), flush=True)\n"
+    with child(tmp_path, monkeypatch, WAITS, before=ready) as runner:
+        runner.prepare([{"X": "1"}, {"X": "2"}], "two")
+        assert runner.waiting == 2
+        seen = [runner.run(replace(JOB, model=name), name)["result"] for name in "abc"]
+        runner.prepare([{}], "one too many")
+        process = runner._waiting[0][0]
+    assert seen == [
+        {"model": "a", "ahead": True, "x": "1"}, {"model": "b", "ahead": True, "x": "2"},
+        {"model": "c", "ahead": False, "x": None},
+    ]  # fmt: skip
+    assert process.poll() is not None and runner.waiting == 0
+    assert [path.read_text() for path in sorted(runner.logs.glob("0*-trl.log"))] == ["said\n"] * 3
+
+
+def test_the_next_process_starts_while_one_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with child(tmp_path, monkeypatch, WAITS) as runner:
+        runner.ahead = True
+        seen = [runner.run(JOB, "t")["result"]["ahead"] for _ in range(2)]
+        assert seen == [False, True] and runner.waiting == 1
+
+
+def test_a_job_that_comes_late_finds_the_imports_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rlpatch.bench.run import read_job
+
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "__stdout__", said)
+    for arguments in (["x"], ["x", "--ahead"]):
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setattr(sys, "stdin", io.StringIO('{"model": "m"}'))
+        assert read_job() == {"model": "m"}
+    assert said.getvalue() == '{"ready": true}\n'
 
 
 def test_error_keeps_the_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
