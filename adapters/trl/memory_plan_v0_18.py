@@ -51,6 +51,7 @@ def budget(generation: Any) -> Any:
     """What is known of the trainer of `generation` (see `_pairing`): a `rlpatch.memory.budget.Budget`, or why there is
     none, in words."""
     from rlpatch.memory.budget import Budget
+    from rlpatch.precision import model as models
 
     trainer = next((t for t in _trainers if getattr(t, "model", None) is generation.model), None)
     if trainer is None:
@@ -58,14 +59,15 @@ def budget(generation: Any) -> Any:
     kinds = [kind for kind in type(trainer.args).__mro__ if kind.__module__.partition(".")[0] == "trl"]
     if not any(kind.__name__ in _PLANNED for kind in kinds):
         return f"{type(trainer).__name__} may hold models that the plan does not count"
-    return Budget(trainer, generation.model, left_alone(trainer.args), _keeps_masters(generation.model), _head(trainer))
-
-
-def _keeps_masters(model: Any) -> bool:
-    from rlpatch.precision import model as models
-
-    prepared = models.of(model)
-    return prepared is not None and prepared.uses_masters
+    prepared = models.of(generation.model)
+    return Budget(
+        trainer,
+        generation.model,
+        left_alone(trainer.args),
+        masters=prepared is not None and prepared.uses_masters,
+        residual="float32" if prepared is not None and prepared.widened else None,
+        head=_head(trainer),
+    )
 
 
 def _head(trainer: Any) -> str:

@@ -80,7 +80,7 @@ class Budget:
         trainer: TRL's; its ``args`` are read.
         model: What it trains, adapters around it or not.
         left_alone: The user left `SETTING` at TRL's default.
-        masters: See `rlpatch.memory.describe`.
+        masters, residual: See `rlpatch.memory.describe`.
         parking: Whether the optimizer's state waits in host memory between steps; ``"auto"``: if the plan does not fit
             without.
         head: See `rlpatch.memory.Training`.
@@ -90,6 +90,7 @@ class Budget:
     model: Any
     left_alone: bool
     masters: bool = False
+    residual: str | None = None
     head: str = TILES
     parking: bool | str = False
 
@@ -233,6 +234,7 @@ def _plan(
         budget.trainer,
         budget.model,
         masters=budget.masters,
+        residual=budget.residual,
         parked=parked,
         head=budget.head,
         engine_dtype=None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),

@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--park-optimizer", action="store_true", help="its state in host memory between steps")
     train.add_argument(
         "--precision", choices=("bf16", "masters", "fp32"), default="bf16",
-        help="weights in bf16 (default), bf16 with float32 masters, or a float32 trainer beside a bf16 engine",
+        help="a model object in bf16 (default); a plain script's model under rlpatch: bf16 with a float32 residual "
+        "stream, and float32 masters of what is trained; or a float32 trainer beside a bf16 engine",
     )  # fmt: skip
     train.add_argument(
         "--per-device-train-batch-size", "--batch", type=int, metavar="N", help="default: --num-generations"
@@ -169,6 +170,7 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
         else tuple(name.strip() for name in options.lora_targets.split(",") if name.strip()),
         quantized=options.load_in_4bit,
         dtype="float32" if options.precision == "fp32" else "bfloat16",
+        residual="float32" if options.precision == "masters" else None,
         masters=options.precision == "masters" and not options.lora,
         optim=options.optim,
         parked=options.park_optimizer,

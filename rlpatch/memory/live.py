@@ -41,6 +41,7 @@ def describe(
     *,
     prompt: int | None = None,
     masters: bool = False,
+    residual: str | None = None,
     parked: bool = False,
     head: str = TILES,
     engine_dtype: str | None = None,
@@ -53,6 +54,7 @@ def describe(
         model: The transformers or PEFT model; None: the trainer's.
         prompt: Tokens of the longest prompt, where the config has no ``max_prompt_length``.
         masters: Float32 masters are kept beside shared 16-bit weights.
+        residual: dtype that the residual stream is kept in under autocast, if not the model's (see `Training`).
         parked: The optimizer's state waits in host memory between steps.
         head: ``"tiles"`` or ``"full"``, as this TRL computes log-probabilities (see `Training`).
         engine_dtype: vLLM's; None: the trainer's, bfloat16 if that is float32 (vLLM's ``"auto"`` does so).
@@ -81,6 +83,7 @@ def describe(
     if not trainable:
         raise UsageError("describe(model=…): none of the model's parameters requires a gradient")
     mixed = "bfloat16" if _of(args, "bf16", False) else "float16" if _of(args, "fp16", False) else dtype
+    autocast = bool(_of(args, "bf16", False) or _of(args, "fp16", False))
     completion = _of(args, "max_completion_length", 256)
     longest = _of(args, "vllm_max_model_length", None)
     notes = list(shape.notes)
@@ -101,8 +104,9 @@ def describe(
         quantized=quantized,
         double_quant=_double_quant(base),
         dtype=dtype,
-        autocast=bool(_of(args, "bf16", False) or _of(args, "fp16", False)),
+        autocast=autocast,
         compute=mixed if width(mixed) <= width(dtype) else dtype,
+        residual=residual if autocast else None,
         masters=masters and not adapters,
         optim="unknown" if own else _optim(_of(args, "optim", "adamw_torch_fused"), notes),
         parked=parked,

@@ -30,6 +30,7 @@ class Training:
         double_quant: Its scales are quantized, too.
         dtype: Of the trainer's weights.
         compute: Of the activations (bf16=True: bfloat16).
+        residual: Of the residual stream, if it is wider than `dtype` (rlpatch keeps plain scripts' in float32); None: not.
         autocast: It is autocast that makes them so; without it, float32 adapters compute in float32 beside a 16-bit base.
         masters: Float32 copies of what is trained, beside weights in `dtype` that the engine shares.
         optim: transformers' name of the optimizer.
@@ -58,6 +59,7 @@ class Training:
     double_quant: bool = True
     dtype: str = "bfloat16"
     compute: str = "bfloat16"
+    residual: str | None = None
     autocast: bool = True
     masters: bool = False
     optim: str = "adamw_torch_fused"
@@ -83,7 +85,7 @@ class Training:
             positive(getattr(self, name), name, least)
         if self.generate_every is not None:
             positive(self.generate_every, "generate_every")
-        for name in ("dtype", "compute", "adapter_dtype", "reference_dtype"):
+        for name in ("dtype", "compute", "residual", "adapter_dtype", "reference_dtype"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, dtype_name(getattr(self, name), name))
         if self.quantized and not self.rank and self.trainable is None:
@@ -238,19 +240,23 @@ def layer_bytes(model: ModelShape, training: Training) -> tuple[int, int, int]:
     h, q, k = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
     c = width(training.compute)
     wide = width(training.dtype) == 4 and c < 4 and not training.quantized  # float32 weights under autocast
-    stream = 4 if width(training.dtype) == 4 and not training.quantized else c  # bytes of the residual stream
+    # bytes of the residual stream
+    stream = width(
+        training.residual or ("float32" if width(training.dtype) == 4 and not training.quantized else training.compute)
+    )
+    mixed = c < 4 and stream == 4  # norms of the stream are as wide as it is, whatever their weights are
     full = training.full
     if model.rms:
         # gemma multiplies, and olmo2 scales, in float32
-        scaled = 4 if wide or model.family.startswith(("gemma", "olmo")) else c
-        norm = (4 + (scaled if full else 0)) * h
-        heads = (4 + (scaled if full else 0)) * (q + k) if model.qk_norm else 0
+        always = model.family.startswith(("gemma", "olmo"))
+        norm = (4 + ((4 if mixed or always else c) if full else 0)) * h
+        heads = (4 + ((4 if wide or always else c) if full else 0)) * (q + k) if model.qk_norm else 0
     else:
         norm, heads = stream * h, 0
     saved = model.norms * norm + heads
-    saved += (4 * (q + 2 * k) + 4 * q) if wide else c * (2 * q + 2 * k)
+    saved += c * (2 * q + 2 * k)
     if full:
-        saved += 5 * c * h if wide else 2 * c * h
+        saved += 5 * c * h if mixed else 2 * c * h
     fused = any(t.name in ("qkv_proj", "c_attn", "query_key_value") for t in model.tensors)
     if fused:
         saved += 3 * (q + 2 * k) * c // 2
@@ -277,7 +283,7 @@ def layer_bytes(model: ModelShape, training: Training) -> tuple[int, int, int]:
         per_layer = [t for t in model.tensors if t.kind == LINEAR and t.name in names and t.name != "lm_head"]
         each = c if training.autocast else 4
         saved += sum(t.inputs * each + 4 * max(training.rank, 1) for t in _distinct(per_layer))
-    if wide:
+    if mixed:
         saved = saved * 102 // 100  # rotary embeddings in float32 and the like
     if _plain(model):
         # At the MLP's product its gradient and the gate's are there; with a LoRA also the adapter's gradient of the input,
@@ -303,12 +309,16 @@ def _plain(model: ModelShape) -> bool:
 
 
 def _base_bytes(model: ModelShape, training: Training, stream: int) -> int:
-    """Per token, outside of the layers: the last norm's input, float32 copy and output, its normalized tensor if it is
-    trained, cosines and sines, and indices. `stream`: bytes of the residual stream."""
+    """Per token, outside of the layers: the last norm's input, float32 copy (if the stream was widened, what it was
+    widened from) and output, its normalized tensor if it is trained, cosines and sines, and indices.
+
+    `stream`: bytes of the residual stream.
+    """
     if not _plain(model):
         return 14 * model.hidden
     c = width(training.compute)
-    return 3 * stream + (c * model.hidden if training.full else 0) + 2 * c * model.head_dim + 64
+    edges, angle = (2 * stream + c * model.hidden, 4) if training.residual else (3 * stream, c)
+    return edges + (c * model.hidden if training.full else 0) + 2 * angle * model.head_dim + 64
 
 
 def _distinct(tensors: list[Tensor]) -> list[Tensor]:

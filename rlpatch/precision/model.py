@@ -124,6 +124,11 @@ class Prepared:
 
         self._hooks.append(embedding.register_forward_hook(widen))
 
+    @property
+    def widened(self) -> bool:
+        """Whether the residual stream is kept in float32 under autocast (see `keep_residual`)."""
+        return bool(self._hooks)
+
     def watch(self, model: nn.Module) -> None:
         """See `rlpatch.precision.masters.Masters.watch`; again after adapters were put around the model."""
         if self.uses_masters:

@@ -62,6 +62,28 @@ def train(built: tuple[Any, Any], **arguments: Any) -> dict[str, Any]:
     return worker.train(*built, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [({}, "float32"), ({"lora": {"r": 4}}, "float32"), ({"apply": {"precision": "as-is"}}, None)],
+)
+def test_the_memory_plan_knows_how_wide_the_residual_stream_is(
+    build: Callable[..., tuple[Any, Any]], how: dict[str, Any], expected: str | None
+) -> None:
+    from rlpatch.adapters.trl.memory_plan_v0_18 import budget
+    from rlpatch.memory import describe
+
+    trainer, _ = build(**how)
+    found = budget(trainer.vllm_generation)
+    assert found.residual == expected and found.masters is (expected is not None)
+    _, training, _ = describe(trainer, residual=found.residual)
+    assert training.residual == expected
+    embedded = trainer.model.get_input_embeddings()
+    with torch.autocast("cpu", torch.bfloat16):
+        stream = embedded(torch.zeros(1, 1, dtype=torch.long)).dtype
+    assert stream == torch.float32  # of float32 weights anyway
+    assert (embedded.weight.dtype == torch.float32) is (expected is None)
+
+
 def masters_of(trainer: Any) -> dict[str, torch.Tensor]:
     """name -> what the optimizer steps."""
     from rlpatch.precision import model

@@ -192,6 +192,7 @@ trainings = st.builds(
     checkpointing=st.booleans(),
     reference=st.booleans(),
     masters=st.booleans(),
+    residual=st.sampled_from([None, "float32"]),
     head=st.sampled_from(["tiles", "full"]),
     attention=st.sampled_from(["sdpa", "flash", "eager"]),
     processes=st.sampled_from([1, 4]),
