@@ -261,7 +261,6 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         else:
             failed = _compare(options, job, runner, document, path)
     print(f"wrote {path}")
-
     image = path.with_suffix(".png")
     problem = plot.draw(document, image)
     print(f"no plot: {problem}" if problem else f"wrote {image}")

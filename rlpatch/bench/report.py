@@ -44,6 +44,7 @@ def told_environment() -> dict[str, str]:
 
 
 def own_version() -> str:
+    """rlpatch's."""
     import rlpatch
 
     return rlpatch.__version__
@@ -189,6 +190,7 @@ def _starts(summary: dict[str, Any]) -> str:
 
 
 def figure(value: float | None, form: str) -> str:
+    """A cell: `value` in the format `form`, or a dash."""
     return "–" if value is None else format(value, form)
 
 
@@ -197,6 +199,7 @@ def _ratio(value: float | None, reference: float) -> str:
 
 
 def gib(count: float | None) -> str:
+    """A cell: bytes as GiB or MiB, or a dash."""
     if count is None:
         return "–"
     return f"{count / 2**30:.2f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.1f} MiB"
@@ -224,6 +227,7 @@ def write_json(document: dict[str, Any], path: Path) -> None:
 
 
 def plain(value: Any) -> Any:
+    """What JSON has words for: tuples as lists, numbers that are none as null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

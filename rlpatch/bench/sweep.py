@@ -127,10 +127,9 @@ def sweep(
     }
     searches = document["sweep"]["variants"]
     for name, first in zip(options.variants, options.sweep_start, strict=True):
-        found = searches.get(name) or {"best": 0, "utilization": None, "kv": None, "complete": False, "attempts": []}
-        if not found["complete"]:
-            searches[name] = {**found, "skipped": None}
-            _sweep_variant(options, job, runner, name, first, searches[name], lambda: write_json(document, path))
+        found = searches.get(name) or {"best": 0, "utilization": None, "kv": None, "attempts": []}
+        searches[name] = {**found, "complete": False, "skipped": None}
+        _sweep_variant(options, job, runner, name, first, searches[name], lambda: write_json(document, path))
         write_json(document, path)
     print(sweep_table(document))
     return any(not found["best"] and not found["skipped"] for found in document["sweep"]["variants"].values())
@@ -175,8 +174,8 @@ def _sweep_variant(
     found: dict[str, Any],
     save: Callable[[], None],
 ) -> None:
-    """Search one variant's longest completion, going on with the attempts in `found`, which is kept up to date; `save` is
-    called after each process: a search may be interrupted."""
+    """Search one variant's longest completion, going on with the attempts in `found` (none are needed where they settle it
+    already), which is kept up to date; `save` is called after each process: a search may be interrupted."""
     deadline = time.monotonic() + options.sweep_seconds
     # 0: left alone, so that the memory plan decides
     chosen = [job.utilization] if job.kv_bytes else options.sweep_utilization.get(name, [0.0])

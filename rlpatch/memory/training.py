@@ -230,6 +230,8 @@ def layer_bytes(model: ModelShape, training: Training) -> tuple[int, int, int]:
 
     - each norm: its float32 input 4h, the normalized tensor ch if its weight is trained, its output ch if a linear layer
       of which the weight is trained reads it; LayerNorm keeps its input, ch, instead of the float32 copy
+    - where autocast finds a float32 residual stream: norms of it give float32, the normalized tensor is 4h, and each linear
+      layer of which the weight is trained keeps a c-byte copy of its own
     - attention: queries, keys, values and output, c(2q + 2k); norms of queries and keys (4 + c)(q + k)
     - MLP: gate, activation, up and product, 4ci; without a trained weight to feed, 3ci
     - a LoRA: every adapted layer's input once more (PEFT's ``_cast_input_dtype`` makes a float32 copy for each layer, of
@@ -240,10 +242,8 @@ def layer_bytes(model: ModelShape, training: Training) -> tuple[int, int, int]:
     h, q, k = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
     c = width(training.compute)
     wide = width(training.dtype) == 4 and c < 4 and not training.quantized  # float32 weights under autocast
-    # bytes of the residual stream
-    stream = width(
-        training.residual or ("float32" if width(training.dtype) == 4 and not training.quantized else training.compute)
-    )
+    own = 4 if width(training.dtype) == 4 and not training.quantized else c
+    stream = width(training.residual) if training.residual else own  # bytes of the residual stream
     mixed = c < 4 and stream == 4  # norms of the stream are as wide as it is, whatever their weights are
     full = training.full
     if model.rms:
