@@ -230,9 +230,7 @@ class HeldRun(BenchRun):
             "plan": planned,
             "measured": held,
             "peaks": {"sections": self.peaks.sections, "after": self.peaks.after, **self.peaks.top},
-            "rows": compare(planned, held, self.cuda, self.job.completions > self.job.micro_batch)
-            if planned.get("terms")
-            else [],
+            "rows": compare(planned, held, self.cuda) if planned.get("terms") else [],
             "problems": self.problems,
         }
 
@@ -301,28 +299,22 @@ def _driver_used() -> int | None:
 # ---- against the plan ------------------------------------------------------------------------------------------------
 
 
-def compare(
-    plan: dict[str, Any], held: dict[str, int | None], cuda: bool = True, accumulates: bool = False
-) -> list[dict[str, Any]]:
+def compare(plan: dict[str, Any], held: dict[str, int | None], cuda: bool = True) -> list[dict[str, Any]]:
     """The plan (`rlpatch.status`'s) beside what was measured, a row per term.
 
     Args:
         cuda: Else some figures do not exist.
-        accumulates: A step has more than one backward pass.
 
     Returns:
         ``name``, ``planned`` and ``measured`` (bytes or None), ``difference``, ``near`` (within 5 % or 0.5 GiB), ``why``
         (nothing was measured), and for totals ``margin`` and ``too_small``: more was used than planned, margin included.
     """
     sizes = {term["name"]: term["bytes"] for term in plan["terms"]}
-    transient = [t for t in plan["terms"] if t["resident"] == "training" and t["at_peak"]]
+    moments = plan["moments"]
 
     def of(*names: str) -> int:
         return sum(sizes.get(name, 0) for name in names)
 
-    saved, casts, gradients = of("saved activations"), of("autocast copies"), of("gradients")
-    kept = gradients if accumulates else 0
-    backward = gradients + saved if accumulates else max(gradients, saved)
     rows: list[dict[str, Any]] = []
 
     def row(name: str, planned: int, measured: int | None, exists: bool = True, **more: Any) -> None:
@@ -348,11 +340,11 @@ def compare(
     outside = None if held["outside torch"] is None else held["outside torch"] - others
     row("outside of torch's allocator", of("CUDA context", "CUDA graphs"), outside, False)
     row("pinned, generating", of("pinned by the allocator", "pinned between steps"), held["cached"], False)
-    row("pinned, training", of("pinned by the allocator"), held["unused at peak"], False)
-    row("training: head and loss", kept + saved + casts + of("LM head and log-probabilities"), held["loss"], False)
-    row("training: backward pass", backward + casts + of("layer at work"), held["backward"], False)
-    row("training: optimizer's step", gradients + of("optimizer's workspace"), held["step"], False)
-    row("training: the highest of these", sum(term["bytes"] for term in transient), held["peak"], False)
+    row("pinned, training", of("pinned by the allocator", "torn blocks"), held["unused at peak"], False)
+    row("training: head and loss", moments["loss"], held["loss"], False)
+    row("training: backward pass", max(moments["backward"], moments["embedding"]), held["backward"], False)
+    row("training: optimizer's step", moments["step"], held["step"], False)
+    row("training: the highest of these", max(moments.values()), held["peak"], False)
     margin = of("margin")
     for name, planned, measured in (
         (GENERATING, plan["generating"] + plan["kv_cache_memory_bytes"], held["generating"]),

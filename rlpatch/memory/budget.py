@@ -149,8 +149,16 @@ class Decision:
             "training_context": made.training_context,
             "refusal": made.refusal,
             "peak": made.peak,
+            "moments": made.moments,
             "terms": [
-                {"name": t.name, "bytes": t.bytes, "resident": t.resident, "exact": t.exact, "at_peak": t.at_peak}
+                {
+                    "name": t.name,
+                    "bytes": t.bytes,
+                    "resident": t.resident,
+                    "exact": t.exact,
+                    "at_peak": t.at_peak,
+                    "peak_bytes": t.peak_bytes,
+                }
                 for t in made.terms
             ],
         }

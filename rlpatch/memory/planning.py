@@ -19,7 +19,7 @@ BOTH, GENERATING, TRAINING = "both", "generating", "training"
 FILL, LEFT, ASKED = "all that rollouts can fill", "all that is left", "what the given utilization leaves"
 _ENDLESS = "how much of a KV cache rollouts can fill is not known"
 _SLACK = 256 * MIB  # of torch's allocator: rounding and half-used segments
-_PINNED, _PINNED_BETWEEN = 0.5, 0.3  # of what comes and goes in a step; see docs/memory.md
+_PINNED = 0.58  # of the memory that gradients and state settle in, while training; all of it between steps
 _FOLD_SHARE, _FOLD_FACTORS = 0.02, 96 * MIB  # rlpatch/lora: what a fold keeps until the unfold, its factors
 _MARGIN_SHARE, _MARGIN_LEAST = 0.01, 256 * MIB
 _STEPS = 10_000  # utilization is given to four digits
@@ -37,6 +37,7 @@ class Term:
         formula: How the size comes about.
         source: Where that is written.
         exact: To the byte; else an estimate.
+        part: What of it is there at that moment, in bytes, if not all.
     """
 
     name: str
@@ -46,6 +47,12 @@ class Term:
     source: str
     exact: bool = False
     at_peak: bool = True
+    part: int | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """What of it is there at the moment that training needs most."""
+        return 0 if not self.at_peak else self.bytes if self.part is None else self.part
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class Plan:
         terms: In the order of the table; the KV cache is not among them.
         generating: Sum of what is resident while generating, without the KV cache.
         training: The same at the peak of a training step.
-        peak: Which moment that is: ``"loss"``, ``"backward"`` or ``"step"``.
+        moments: Sizes of the moments that can be that peak, without what is there always: ``"loss"``, ``"backward"``,
+            ``"embedding"`` and ``"step"``.
         loading: While the engine takes the weights over.
         block_bytes: A KV block of all layers.
         block_size: Tokens of a block.
@@ -83,7 +91,7 @@ class Plan:
     terms: tuple[Term, ...]
     generating: int
     training: int
-    peak: str
+    moments: dict[str, int]
     loading: int
     block_bytes: int
     block_size: int
@@ -99,6 +107,11 @@ class Plan:
     estimated: bool = False
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> str:
+        """The moment of training's peak."""
+        return max(self.moments, key=lambda name: self.moments[name])
 
     @property
     def kv_cache_memory_bytes(self) -> int:
@@ -123,6 +136,7 @@ class Plan:
         return {
             **asdict(self),
             "terms": [asdict(term) for term in self.terms],
+            "peak": self.peak,
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             "kv_left_bytes": self.kv_left_bytes,
             "kv_tokens": self.kv_tokens,
@@ -161,9 +175,9 @@ def plan(
     if utilization is not None and not (isinstance(utilization, (int, float)) and 0 < utilization <= 1):
         raise UsageError(f"gpu_memory_utilization={utilization!r}: expected a share of the device, above 0 and up to 1")
     available = max(device - others, 0)
-    terms, held, peak = _terms(model, training, engine, margin)
+    terms, held, moments = _terms(model, training, engine, margin)
     generating = sum(t.bytes for t in terms if t.resident != TRAINING)
-    trains = sum(t.bytes for t in terms if t.resident != GENERATING and t.at_peak)
+    trains = sum(t.peak_bytes for t in terms if t.resident != GENERATING)
     weights = sum(t.bytes for t in terms if t.name in _WEIGHTS)
     shared = any(t.name == "weights, shared" for t in terms)
     # Shared: where two copies do not fit, the engine takes the weights over one by one (`rlpatch.sharing.late`).
@@ -196,7 +210,7 @@ def plan(
         terms=terms,
         generating=generating,
         training=trains,
-        peak=peak,
+        moments=moments,
         loading=loading,
         block_bytes=block,
         block_size=engine.block_size,
@@ -213,7 +227,7 @@ def plan(
     )
     made = replace(made, refusal=_refusal(made, model, weights, per_sequence, length))
     if made.refusal is not None:
-        certain = sum(t.bytes for t in terms if t.resident != GENERATING and t.at_peak and t.exact)
+        certain = sum(t.peak_bytes for t in terms if t.resident != GENERATING and t.exact)
         rest_fits = max(weights, loading) <= available and blocks > per_sequence
         made = replace(made, estimated=trains > available >= certain and rest_fits)
     if made.refusal is None and made.kv_blocks < made.needed_blocks:
@@ -232,18 +246,21 @@ def _of(terms: tuple[Term, ...], name: str) -> int:
     return sum(term.bytes for term in terms if term.name == name)
 
 
-def _terms(model: ModelShape, training: Training, engine: Engine, margin: int) -> tuple[tuple[Term, ...], int, str]:
-    """The terms of the table, the bytes held when the engine is about to be built, and the moment of training's peak."""
+def _terms(
+    model: ModelShape, training: Training, engine: Engine, margin: int
+) -> tuple[tuple[Term, ...], int, dict[str, int]]:
+    """The terms of the table, the bytes held when the engine is about to be built, and the moments of training."""
     sizes = trainer.measure(model, training)
     length = engine.max_model_len or training.length
     shares = engine.shares and (training.quantized or training.dtype == engine.dtype)
     terms: list[Term] = []
 
     def add(
-        name: str, size: int, resident: str, formula: str, source: str, exact: bool = False, peak: bool = True
-    ) -> None:
+        name: str, size: int, resident: str, formula: str, source: str, exact: bool = False, peak: bool = True,
+        part: int | None = None,
+    ) -> None:  # fmt: skip
         if size:
-            terms.append(Term(name, int(size), resident, formula, source, exact, peak))
+            terms.append(Term(name, int(size), resident, formula, source, exact, peak, part))
 
     count = f"{model.parameters:,} weights"
     base = "bitsandbytes 4 bit, the rest" if training.quantized else f"{count} ×"
@@ -299,15 +316,20 @@ def _terms(model: ModelShape, training: Training, engine: Engine, margin: int) -
         "vllm/v1/worker, rotary_embedding.py")  # fmt: skip
     sizes_text = f"{vllm.graph_sizes(engine)} sizes × ((layers + 1) × 0.25 MiB + 2 MiB)"
     add("CUDA graphs", vllm.graph_bytes(model, engine), BOTH, sizes_text, "vllm/config/vllm.py _set_cudagraph_sizes")
-    # Grads come in blocks that activations left, and state settles beside them: what goes away later cannot be returned.
-    # Training itself fills a part of these blocks again.
-    pinned = 0 if training.expandable_segments else min(sizes.transient, sizes.gradients)
-    add("pinned by the allocator", int(_PINNED * pinned) + _SLACK, BOTH,
-        "256 MiB" + (f" + {_PINNED:g} × the smaller of gradients and activations" if pinned else ""),
+    # Gradients come in blocks that activations left, and state settles beside them: what goes away later cannot be
+    # returned. Training itself fills a part of these blocks again.
+    settled, unsettled = (0, 0) if training.expandable_segments else (sizes.settled, sizes.unsettled)
+    where = "the head's gradient" if sizes.head_weight else "the smaller of gradients and activations"
+    pinned = int(_PINNED * settled)
+    add("pinned by the allocator", _SLACK + pinned, BOTH,
+        f"{_SLACK // MIB} MiB" + (f" + {_PINNED:g} × {where}" if settled else ""),
         "torch's CUDACachingAllocator: a segment goes back whole or not at all; measured on an H200")  # fmt: skip
-    add("pinned between steps", int(_PINNED_BETWEEN * pinned), GENERATING,
-        f"{_PINNED_BETWEEN:g} × the smaller of gradients and activations: blocks that the next step fills",
+    add("pinned between steps", settled - pinned + unsettled // 2, GENERATING,
+        "the rest of it, which the next step fills" + (", and half of what else they settle in" if unsettled else ""),
         "measured on an H200")  # fmt: skip
+    add("torn blocks", 0 if training.expandable_segments else sizes.largest, TRAINING,
+        "free blocks too small for the largest tensor of a layer: once more that tensor",
+        "torch's CUDACachingAllocator; measured on an H200")  # fmt: skip
     add("engine activations", vllm.activation_bytes(model, engine), GENERATING,
         f"{engine.max_num_batched_tokens} tokens through the widest layer, {engine.max_num_seqs} sampled rows",
         "vllm/v1/worker profile_run")  # fmt: skip
@@ -318,9 +340,18 @@ def _terms(model: ModelShape, training: Training, engine: Engine, margin: int) -
             "fold", kept, GENERATING, "2 % of the weights, 96 MiB", "rlpatch/lora/fold_kernel.py: what the unfold needs"
         )
     always = sizes.gradients if sizes.keeps_gradients else 0
-    add("gradients", sizes.gradients, BOTH if always else TRAINING,
-        f"of what is trained{'; kept over rollouts within an accumulation' if always else ''}", "torch autograd", True,
-        bool(always) or "gradients" in there)  # fmt: skip
+    part = sizes.gradients if always else there.get("gradients", 0)
+    why = "; kept over rollouts within an accumulation" if always else ""
+    if 0 < part < sizes.gradients:
+        why = (
+            ", the embedding's apart" if sizes.embedding_gradient and part > sizes.head_gradient else ", the LM head's"
+        )
+        why = f"; at the peak {show(part)}{why}"
+    add("gradients", sizes.gradients, BOTH if always else TRAINING, f"of what is trained{why}", "torch autograd", True,
+        part > 0, part)  # fmt: skip
+    add("end of the backward pass", sizes.embedding, TRAINING, "the residual stream's gradient" + (
+        ", and the embedding's before it is added to the LM head's" if model.tied else ""), "torch autograd",
+        peak="embedding" in there)  # fmt: skip
     what = "every layer's input" if training.checkpointing else "what every layer saves for its backward pass"
     add("saved activations", sizes.checkpoints, TRAINING, f"{what}, {training.batch} × {training.length} tokens",
         "transformers' modeling file", peak="checkpoints" in there)  # fmt: skip
@@ -336,7 +367,7 @@ def _terms(model: ModelShape, training: Training, engine: Engine, margin: int) -
     add("optimizer's workspace", sizes.step, TRAINING, "temporary tensors of a step", how.source, peak="step" in there)
     add("margin", margin, BOTH, "stays free", "setting")
     held = sum(t.bytes for t in terms if t.name in _AT_START)
-    return tuple(terms), held, peak
+    return tuple(terms), held, totals
 
 
 _AT_START = (*_WEIGHTS, "fp32 masters", "LoRA", "reference model", "CUDA context", "NCCL")
@@ -360,7 +391,7 @@ def _training_context(model: ModelShape, training: Training, engine: Engine, ava
 
     def fits(completion: int) -> bool:
         terms, _, _ = _terms(model, replace(training, completion=completion), engine, margin)
-        return sum(t.bytes for t in terms if t.resident != GENERATING and t.at_peak) <= available
+        return sum(t.peak_bytes for t in terms if t.resident != GENERATING) <= available
 
     low, high = 0, max(model.positions - training.prompt, 0)
     while low < high:
@@ -402,6 +433,7 @@ _REMEDIES = {
     "autocast copies": "16-bit weights",
     "optimizer's workspace": "optim='adamw_torch_fused'",
     "pinned between steps": "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+    "torn blocks": "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
     "pinned by the allocator": "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
     "engine activations": "a smaller max_num_batched_tokens or max_num_seqs",
     "CUDA graphs": "enforce_eager=True or a smaller max_num_seqs",

@@ -116,12 +116,18 @@ class TrainingBytes:
         adapters: The LoRA's weights.
         reference: The reference model.
         optimizer: Optimizer state.
-        gradients: All of them.
+        gradients: All of them, in float32 where there are masters (a gradient goes there as soon as it is complete).
+        head_gradient: Of these, the LM head's: the first to come in a backward pass.
+        embedding_gradient: Of these, the embedding's: the last to come; 0 where it is the LM head's, too.
         buckets: What DDP copies gradients into.
         checkpoints: Saved from the forward for the backward pass: every layer's input, or all that every layer saves.
         layer: The layer that is recomputed and differentiated, on top of `checkpoints`.
         head: LM head and log-probabilities at their peak, gradient of the head's weight included.
+        head_weight: Of these, what the gradient of the head's weight takes (float32, and once more as wide as the weight).
         casts: bf16 copies of float32 weights that autocast keeps.
+        embedding: What the end of a backward pass needs beside gradients: that of the residual stream, and where the
+            embedding is the LM head, what both contribute before it is added up.
+        largest: The largest tensor that comes and goes within a layer.
         step: The optimizer's temporary tensors.
         parked: Whether the optimizer's state is there only while it steps.
         keeps_gradients: Whether rollouts happen with gradients half accumulated.
@@ -134,11 +140,16 @@ class TrainingBytes:
     reference: int
     optimizer: int
     gradients: int
+    head_gradient: int
+    embedding_gradient: int
     buckets: int
     checkpoints: int
     layer: int
     head: int
+    head_weight: int
     casts: int
+    embedding: int
+    largest: int
     step: int
     keeps_gradients: bool
     accumulates: bool
@@ -146,23 +157,26 @@ class TrainingBytes:
 
     @property
     def moments(self) -> dict[str, dict[str, int]]:
-        """What is needed at once, beyond what always stays, at the three moments that can be the peak of a step.
+        """What is needed at once, beyond what always stays, at the moments that can be the peak of a step.
 
         ``"loss"``: the forward pass is over, the LM head is differentiated; gradients are there from earlier passes only.
         ``"backward"``: layer after layer checkpoints go and gradients come, so the larger of the two counts, and both
-        when gradients are accumulated. ``"step"``: gradients and what the optimizer needs, its
-        state as well where that is parked otherwise.
+        when gradients are accumulated. ``"embedding"``: all gradients are there, the last has just come. ``"step"``:
+        gradients and what the optimizer needs, its state as well where that is parked otherwise.
         """
         earlier = {"gradients": self.gradients} if self.accumulates else {}
         fetched = {"optimizer": self.optimizer} if self.parked else {}
+        first, last = self.head_gradient + self.checkpoints, self.gradients - self.embedding_gradient
         if self.accumulates:
-            backward = {"gradients": self.gradients, "checkpoints": self.checkpoints, "layer": self.layer}
+            backward = {"gradients": self.gradients, "checkpoints": self.checkpoints, "embedding": self.embedding}
+        elif last > first:
+            backward = {"gradients": last}
         else:
-            larger = "gradients" if self.gradients > self.checkpoints else "checkpoints"
-            backward = {larger: max(self.gradients, self.checkpoints), "layer": self.layer}
+            backward = {"gradients": self.head_gradient, "checkpoints": self.checkpoints}
         return {
             "loss": {**earlier, "checkpoints": self.checkpoints, "head": self.head, "casts": self.casts},
-            "backward": {**backward, "casts": self.casts},
+            "backward": {**backward, "layer": self.layer, "casts": self.casts},
+            "embedding": {"gradients": self.gradients, "embedding": self.embedding},
             "step": {"gradients": self.gradients, "step": self.step, **fetched},
         }
 
@@ -170,6 +184,20 @@ class TrainingBytes:
     def transient(self) -> int:
         """The most that comes and goes in one forward and backward pass, gradients apart."""
         return max(self.checkpoints + self.head, self.checkpoints + self.layer) + self.casts
+
+    @property
+    def settled(self) -> int:
+        """Of what comes and goes, the memory in which gradients and optimizer state settle first.
+
+        The blocks of a trained head's gradient are by far the largest of a step, and free when the first gradients come.
+        """
+        return min(self.head_weight or self.transient, self.gradients)
+
+    @property
+    def unsettled(self) -> int:
+        """What else they may settle in: of the rest, what is more than `settled`."""
+        rest = self.transient - (self.head_weight or self.transient) - self.settled
+        return min(max(rest, 0), self.gradients)
 
 
 def quantized_bytes(elements: int, double_quant: bool = True) -> int:
@@ -338,14 +366,18 @@ def mask_bytes(training: Training) -> int:
 def head_bytes(model: ModelShape, training: Training) -> int:
     """The LM head and the log-probabilities of the completions, at the peak of their backward pass."""
     tokens, c = training.batch * training.completion, width(training.compute)
-    trained = training.full  # also where it is tied
-    weight = model.vocab * model.hidden * (4 + width(training.dtype)) if trained else 0
+    weight = head_weight_bytes(model, training)
     if training.head == FULL:
         return training.batch * (training.completion + 1) * model.vocab * _LOGIT + weight // 2
     tile = min(tokens, _TILE_TOKENS) * _TILE_VOCAB * c  # as wide whatever the vocabulary is
     piece = min(_TILE_VOCAB, model.vocab) * model.hidden * c if width(training.dtype) > c else 0
     # hidden states picked out, their gradient in float32 and cast, running sums
     return tile + piece + weight + tokens * model.hidden * (c + 4 + c) + tokens * 7 * 4
+
+
+def head_weight_bytes(model: ModelShape, training: Training) -> int:
+    """The gradient of the LM head's weight, in float32 and as wide as the weight; 0 under a LoRA."""
+    return model.vocab * model.hidden * (4 + width(training.dtype)) if training.full else 0
 
 
 def measure(model: ModelShape, training: Training) -> TrainingBytes:
@@ -373,14 +405,14 @@ def measure(model: ModelShape, training: Training) -> TrainingBytes:
     if training.quantized:  # bitsandbytes unpacks one weight at a time (`MatMul4Bit`)
         recomputed += max((t.elements for t in model.linears()), default=0) * width(training.compute)
     if training.masters and training.full:
-        gradients = trained * width(training.dtype)
-        masters = trained * 4
+        gradients = masters = trained * 4
         step = how.workspace_bytes(tensors) + max((t.elements for t in tensors), default=0) * 4
     else:
         gradients = sum(t.bytes for t in tensors)
         masters = 0
         step = how.workspace_bytes(tensors)
     recomputed += min(gradients, checkpoints) // model.layers  # its own gradients, beside what later layers left
+    first, last, tied = _edges(model, training, tensors)
     every = training.generate_every or training.accumulation
     return TrainingBytes(
         weights=weight_bytes(model, training),
@@ -391,16 +423,44 @@ def measure(model: ModelShape, training: Training) -> TrainingBytes:
         else 0,
         optimizer=how.state_bytes(tensors),
         gradients=gradients,
+        head_gradient=first,
+        embedding_gradient=last,
         buckets=gradients if training.processes > 1 else 0,
         checkpoints=checkpoints,
         layer=recomputed,
         head=head_bytes(model, training),
+        head_weight=head_weight_bytes(model, training) if training.head == TILES else 0,
         casts=_casts(model, training, tensors),
+        embedding=tied + tokens * (stream + 4 * model.hidden) if training.full else 0,
+        largest=tokens * _widest(model, training),
         step=step,
         keeps_gradients=every % training.accumulation != 0,
         accumulates=training.accumulation > 1,
         parked=training.parked,
     )
+
+
+def _edges(model: ModelShape, training: Training, tensors: tuple[Trainable, ...]) -> tuple[int, int, int]:
+    """The gradients of the LM head and of the embedding (0: it is the same), and the latter's share of a tied one."""
+    if not training.full:
+        return 0, 0, 0
+    each = {t: t.elements * (4 if training.masters else width(t.dtype)) for t in tensors}
+    matrix = model.vocab * model.hidden
+    embedding = next((size for t, size in each.items() if t.embedding and t.elements == matrix), 0)
+    if model.tied:
+        return embedding, 0, embedding // 2 if training.masters else embedding
+    return next((size for t, size in each.items() if not t.embedding and t.elements == matrix), 0), embedding, 0
+
+
+def _widest(model: ModelShape, training: Training) -> int:
+    """Bytes per token of the largest tensor that a layer makes: an adapter's input in float32 (PEFT's cast), the MLP's
+    product, or a norm's float32 copy."""
+    c, query = width(training.compute), model.heads * model.head_dim
+    widths = [4 * model.hidden, c * model.intermediate, c * query]
+    widths.append(c * model.experts_per_token * model.expert_intermediate)
+    if training.rank and training.adapter_dtype == "float32":
+        widths += [4 * t.inputs for t in model.linears(training.targets) if t.name != "lm_head"]
+    return max(widths)
 
 
 def _casts(model: ModelShape, training: Training, tensors: tuple[Trainable, ...]) -> int:

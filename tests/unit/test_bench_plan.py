@@ -12,8 +12,8 @@ from rlpatch.bench.held import GENERATING, TRAINING, Peaks, compare
 GIB = 2**30
 
 
-def term(name: str, size: int, resident: str = "both", at_peak: bool = True) -> dict[str, Any]:
-    return {"name": name, "bytes": size, "resident": resident, "exact": False, "at_peak": at_peak}
+def term(name: str, size: int) -> dict[str, Any]:
+    return {"name": name, "bytes": size}
 
 
 PLAN: dict[str, Any] = {
@@ -22,10 +22,9 @@ PLAN: dict[str, Any] = {
     "terms": [
         term("weights, shared", 16 * GIB), term("optimizer state", 12 * GIB), term("CUDA context", GIB),
         term("engine buffers", GIB // 2), term("CUDA graphs", GIB // 4), term("pinned by the allocator", GIB),
-        term("gradients", 16 * GIB, "training"), term("saved activations", 2 * GIB, "training", False),
-        term("layer at work", 3 * GIB, "training"), term("LM head and log-probabilities", 4 * GIB, "training", False),
-        term("margin", GIB),
+        term("gradients", 16 * GIB), term("margin", GIB),
     ],
+    "moments": {"loss": 6 * GIB, "backward": 18 * GIB, "embedding": 19 * GIB, "step": 16 * GIB},
 }  # fmt: skip
 NOTHING: dict[str, int | None] = dict.fromkeys(
     ("weights", "fp32 masters", "optimizer state", "gradients", "LoRA", "reference model", "KV cache", "context", "engine",
@@ -33,8 +32,8 @@ NOTHING: dict[str, int | None] = dict.fromkeys(
 )  # fmt: skip
 
 
-def rows(accumulates: bool = False, cuda: bool = True, **held: int) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in compare(PLAN, {**NOTHING, **held}, cuda, accumulates)}
+def rows(cuda: bool = True, **held: int) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in compare(PLAN, {**NOTHING, **held}, cuda)}
 
 
 def test_terms_stand_beside_what_was_measured() -> None:
@@ -45,17 +44,11 @@ def test_terms_stand_beside_what_was_measured() -> None:
     assert found["optimizer state"]["difference"] == -1
     assert found["KV cache"]["difference"] == GIB and found["KV cache"]["near"] is False
     assert found["training: head and loss"]["planned"] == 6 * GIB
-    assert found["training: backward pass"]["planned"] == 19 * GIB  # gradients, more than what was saved, and a layer
+    assert found["training: backward pass"]["planned"] == 19 * GIB  # its end included
     assert found["training: backward pass"]["near"] is False
     assert found["training: the highest of these"]["planned"] == 19 * GIB
     assert found["training: the highest of these"]["why"] == "not measured"
     assert "LoRA" not in found and "reference model" not in found  # neither planned nor there
-
-
-def test_an_accumulation_keeps_gradients() -> None:
-    found = rows(accumulates=True)
-    assert found["training: head and loss"]["planned"] == 22 * GIB
-    assert found["training: backward pass"]["planned"] == 21 * GIB
 
 
 def test_others_are_subtracted_and_a_total_that_is_too_small_is_told() -> None:

@@ -283,7 +283,7 @@ def test_an_unusable_size_is_named(value: Any, monkeypatch: pytest.MonkeyPatch) 
 def parking(
     mode: bool | str, host: int = 100 * GIB, total: int = 80 * GIB, left_alone: bool = True, **args: Any
 ) -> Decision:
-    long = {"per_device_train_batch_size": 2, "max_completion_length": 32_000, "gradient_checkpointing": True, **args}
+    long = {"per_device_train_batch_size": 2, "max_completion_length": 34_000, "gradient_checkpointing": True, **args}
     return decided(replace(budget(left_alone, **long), parking=mode), Room(total, host=host), max_num_seqs=2)
 
 
