@@ -23,9 +23,18 @@ SHAPE = dict(
 
 
 def patched_trainer(
-    folder: Path, kv_bytes: int, steps: int = 4, lora: Any = None, from_path: bool = False, **config: Any
+    folder: Path,
+    kv_bytes: int,
+    steps: int = 4,
+    lora: Any = None,
+    from_path: bool = False,
+    eager: bool = False,
+    **config: Any,
 ) -> Iterator[Any]:
-    """The body of a fixture: GRPO under rlpatch, `kv_bytes` of KV cache, in bfloat16; `from_path` as in plain scripts."""
+    """The body of a fixture: GRPO under rlpatch, `kv_bytes` of KV cache, in bfloat16; `from_path` as in plain scripts.
+
+    `eager`: no CUDA graphs, whose memory torch counts as cached.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     model = tiny.write_model(folder, "qwen3", words=4000, dtype="bfloat16", **SHAPE)
     rlpatch.apply(strict=True, defaults=False)
@@ -36,7 +45,7 @@ def patched_trainer(
         dtype="bfloat16",
         lora=lora or {},
         from_path=from_path,
-        engine={"enforce_eager": False, "kv_cache_memory_bytes": kv_bytes},
+        engine={"enforce_eager": eager, "kv_cache_memory_bytes": kv_bytes},
         config={"vllm_max_model_length": 512, **config},
     )
     yield worker.make_trainer(job)

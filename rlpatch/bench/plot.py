@@ -101,13 +101,14 @@ def _draw_sweep(result: dict[str, Any], path: Path) -> None:
         at = {None: "", 0: ", planned"}.get(one["utilization"], f", utilization {one['utilization']}")
         text = f"{one['best']:,} tokens" + (f", KV cache {kv / 2**30:.1f} GiB{at}" if kv else "")
         bars.text(0, place, f"  {text}{'' if one['complete'] else ' (search not finished)'}", va="center", fontsize=9)
+        tried = at_utilization(one, one["utilization"]) or one["attempts"]
         passed = sorted(
             (a["tokens"], a["detail"]["memory_peak"] / 2**30)
-            for a in one["attempts"]
+            for a in tried
             if a["ok"] and (a["detail"] or {}).get("memory_peak")
         )
         peaks.plot(*zip(*passed, strict=True) if passed else ((), ()), "o-", color=color, label=name)
-        failed = sorted(a["tokens"] for a in one["attempts"] if not a["ok"])
+        failed = sorted(a["tokens"] for a in tried if not a["ok"])
         peaks.plot(failed, [limit] * len(failed), "x", color=color, markersize=9, clip_on=False)
     bars.set_yticks(range(len(variants)), list(variants))
     bars.invert_yaxis()
@@ -121,6 +122,11 @@ def _draw_sweep(result: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{result['name']} · {device['name']}", fontsize=10)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def at_utilization(search: dict[str, Any], utilization: float | None) -> list[dict[str, Any]]:
+    """Of a variant's search, what was tried at `utilization`."""
+    return [attempt for attempt in search["attempts"] if attempt["utilization"] == utilization]
 
 
 def _unit(lanes: dict[str, Any]) -> tuple[str, float]:

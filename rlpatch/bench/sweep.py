@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlpatch.bench.plot import at_utilization
 from rlpatch.bench.processes import BenchError, Runner, failure
 from rlpatch.bench.report import figure, plain, render, write_json
 from rlpatch.bench.run import TOO_LONG, BenchJob
@@ -266,7 +267,13 @@ def sweep_table(document: dict[str, Any]) -> str:
     rows.append(["search finished", *("yes" if f["complete"] else "no" for f in found.values())])
     lines = [render(["", *found], rows)]
     for name, one in found.items():
-        above = sorted((a for a in one["attempts"] if not a["ok"]), key=lambda a: a["tokens"])
-        if one["skipped"] or above:
-            lines.append(f"{name}: " + (one["skipped"] or f"{above[0]['tokens']} tokens: {above[0]['reason']}"))
+        if one["skipped"]:
+            lines.append(f"{name}: {one['skipped']}")
+            continue
+        for utilization in dict.fromkeys(a["utilization"] for a in one["attempts"]):
+            above = [a for a in at_utilization(one, utilization) if not a["ok"]]
+            if above:
+                least = min(above, key=lambda a: int(a["tokens"]))
+                at = "" if utilization == one["utilization"] else f" at {utilization:g}"
+                lines.append(f"{name}: {least['tokens']} tokens{at}: {least['reason']}")
     return "\n".join(lines)

@@ -32,9 +32,11 @@ def resident_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def resident_twice(trainer: torch.nn.Module, engine: torch.nn.Module) -> int:
     """Bytes of the trainer's parameters that lie outside of the engine's memory while the engine holds them as well.
 
-    Measured from addresses: what the two hold together, minus what either would hold alone if all were one copy.
+    Measured from addresses: what the two hold together, minus what either would hold alone if all were one copy. Adapters
+    do not count: beside them, the rows with which the engine fills up its vocabulary would look like a second copy.
     """
-    mine, theirs = list(trainer.parameters()), list(engine.parameters())
+    mine = [tensor for name, tensor in trainer.named_parameters() if ".lora_" not in name]
+    theirs = list(engine.parameters())
     together = resident_bytes([*mine, *theirs])
     return together - max(resident_bytes(mine), resident_bytes(theirs))
 

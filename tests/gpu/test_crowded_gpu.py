@@ -57,16 +57,16 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setattr(late.Crowded, "step", 16 << 20)
         patch.setattr(Sharing, "fill", watched)
         patch.setattr(phases.Colocation, "constructing", from_here)
-        yield from patched_trainer(tmp_path_factory.mktemp("model"), KV, learning_rate=1e-5)
+        yield from patched_trainer(tmp_path_factory.mktemp("model"), KV, eager=True, learning_rate=1e-5)
 
 
 def test_loading_takes_a_fraction_of_the_weights(trainer: Any) -> None:
     pair = phases.of_engine(trainer.vllm_generation.llm)
     assert pair is not None and pair.engine is not None and pair.sharing is not None
     weights = resident_bytes(pair.engine.model.parameters())
-    before, *during = USED
+    before, first, *during = USED  # the first is taken before any weight is: kernels and workspaces
     assert len(during) > 50
-    assert max(during) - before < 0.4 * weights
+    assert first - before < 0.4 * weights and max(during) - first < 0.4 * weights
     assert pair.shares and not pair.sharing.copied
     assert resident_twice(trainer.model, pair.engine.model) == 0
 

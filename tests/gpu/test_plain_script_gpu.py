@@ -29,7 +29,9 @@ KV = 1 << 30
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     lora = {"r": 32, "target_modules": "all-linear"}
-    yield from patched_trainer(tmp_path_factory.mktemp("model"), KV, lora=lora, from_path=True, learning_rate=1e-5)
+    yield from patched_trainer(
+        tmp_path_factory.mktemp("model"), KV, lora=lora, from_path=True, eager=True, learning_rate=1e-5
+    )
 
 
 def cached() -> int:

@@ -528,12 +528,14 @@ def test_plot_of_a_sweep(tmp_path: Path) -> None:
     found["sweep"]["variants"]["trl"].update(
         kv={"bytes": 4 << 30},
         attempts=[
-            {"tokens": 512, "ok": True, "detail": {"memory_peak": 70 << 30}},
-            {"tokens": 1024, "ok": False, "detail": None},
+            {"utilization": 0.3, "tokens": 512, "ok": True, "detail": {"memory_peak": 70 << 30}},
+            {"utilization": 0.3, "tokens": 1024, "ok": False, "detail": None, "reason": "full"},
+            {"utilization": 0.7, "tokens": 256, "ok": False, "detail": None, "reason": "fuller"},
         ],
     )
     assert plot.draw(found, tmp_path / "x.png") is None
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    assert sweep.sweep_table(found).splitlines()[-2:] == ["trl: 1024 tokens: full", "trl: 256 tokens at 0.7: fuller"]
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

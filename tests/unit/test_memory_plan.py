@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from rlpatch.bench.held import compare
 from rlpatch.errors import UsageError
 from rlpatch.memory import Engine, ModelShape, Plan, Training, fit_blocks, from_config, plan
+from rlpatch.memory.command import shapes
 from rlpatch.memory.engine import fill_blocks, graph_sizes, kv_block_bytes
 from rlpatch.memory.model import FAMILIES
 from rlpatch.memory.optimizers import OPTIMIZERS, Trainable, optimizer
@@ -87,6 +89,61 @@ def test_a_small_model_on_an_h200_needed_no_more_and_not_much_less() -> None:
     generating, training = int(137.86 * GIB) - 142_515_896_320, int(5.95 * GIB)
     assert generating <= made.generating <= generating + GIB / 2
     assert training <= made.training <= training + GIB / 2
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 32}, "full": {}, "adam-8bit": {"optim": "adamw_8bit"}, "reference": {"reference": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("0.6b", name) for name in SETTINGS] + [("8b", "lora"), ("8b-full", "full")]
+)
+def test_every_term_is_near_what_an_h200_held(name: str, setting: str) -> None:
+    """The six settings of `rlpatch.bench.plan`, measured once, against the plan as it is now."""
+    shape = name.removesuffix("-full")
+    file = ROOT / "bench" / "results" / f"h200-plan-{'8b-full-' if name == '8b-full' else ''}vllm0.25.1.json"
+    if not file.is_file():
+        pytest.skip("the bench's results are not packaged")
+    document = json.loads(file.read_text())
+    job, measured = document["job"], document["settings"][f"{shape} {setting}"]["result"]["measured"]
+    training = Training(
+        batch=job["micro_batch"], prompt=job["prompt_tokens"], completion=job["completion_tokens"], **SETTINGS[setting]
+    )
+    model = from_config(shapes()[shape])
+    length = training.prompt + training.completion
+    engine = Engine(max_num_seqs=job["completions"], max_model_len=length)
+    made = plan(model, training, engine, document["device"]["total_bytes"])
+    measured = {"fp32 masters": None, **measured}  # the first results do not tell
+    rows = compare({**made.as_dict(), "kv_cache_memory_bytes": measured["KV cache"]}, measured)
+    off = {row["name"]: (row["planned"], row["measured"]) for row in rows if row["near"] is False}
+    assert len(rows) > 12 and not off
+    assert not any(row.get("too_small") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "training"),
+    [("8b-lora32", "8b", {"rank": 32}), ("4b-full-8bit", "4b", {"optim": "adamw_8bit", "parked": True})],
+)
+def test_the_longest_context_is_one_that_an_h200_trained(name: str, shape: str, training: dict[str, Any]) -> None:
+    """`bench --sweep-context` at 80 GiB: the plan's longest is below the first that failed, and not far below the last that
+    did not."""
+    file = ROOT / "bench" / "results" / f"h200-80gib-{name}-contexts-vllm0.25.1.json"
+    if not file.is_file():
+        pytest.skip("the bench's results are not packaged")
+    document = json.loads(file.read_text())
+    job = document["job"]
+    found = next(one for variant, one in document["sweep"]["variants"].items() if variant.startswith("rlpatch"))
+    failed = min(attempt["tokens"] for attempt in found["attempts"] if not attempt["ok"])
+    made = plan(
+        from_config(shapes()[shape]),
+        # completions of one length need no mask
+        Training(batch=job["micro_batch"], prompt=job["prompt_tokens"], attention="flash", **training),
+        Engine(max_num_seqs=job["completions"], eager=True),
+        80 * GIB,
+        margin=0,
+    )
+    assert 0.97 * found["best"] <= made.training_context - job["prompt_tokens"] < failed
 
 
 def test_exact_terms_of_eight_billion() -> None:

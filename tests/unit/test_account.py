@@ -1,4 +1,4 @@
-"""Tensors that stay the trainer's own get new places, so that what they keep of others' memory can go."""
+"""Where tensors lie: what is resident twice, and new places for what stays the trainer's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from rlpatch.sharing.account import rehouse  # noqa: E402
+from rlpatch.sharing.account import rehouse, resident_twice  # noqa: E402
 
 LARGE = 1 << 18  # floats: 1 MiB
 
@@ -45,3 +45,23 @@ def test_what_others_hold_or_is_small_stays() -> None:
     places = [one.data_ptr() for one in stay]
     assert rehouse(stay, lambda device: pytest.fail("nothing was moved")) == 0
     assert [one.data_ptr() for one in stay] == places
+
+
+def policy(rank: int, *weights: torch.Tensor) -> torch.nn.Module:
+    """A module with these weights and, beside the first, adapters of `rank` rows."""
+    model = torch.nn.Module()
+    for index, weight in enumerate(weights):
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        model.add_module(f"layer{index}", layer)
+    if rank:
+        model.layer0.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(64, rank, bias=False)})
+    return model
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_rows_that_fill_up_a_vocabulary_are_no_second_copy(rank: int) -> None:
+    padded = torch.zeros(64, 64)
+    mine = torch.from_numpy(padded.numpy()[:61])  # its storage ends where the trainer's rows do
+    assert resident_twice(policy(rank, mine), policy(0, padded)) == 0
+    assert resident_twice(policy(rank, mine, torch.zeros(8, 8)), policy(0, padded, torch.zeros(8, 8))) == 4 * 64
