@@ -67,7 +67,7 @@ def apply(
             pass, where each completion is used for one step. None: ``RLPATCH_ONE_FORWARD``, then True.
         park_optimizer: The optimizer's state lies in host memory except while it steps: room for activations and for the KV
             cache, at the price of a copy out and one back per step. ``"auto"``: if the memory plan does not fit otherwise.
-            None: ``RLPATCH_PARK_OPTIMIZER`` (yes, no or auto), then False.
+            None: ``RLPATCH_PARK_OPTIMIZER`` (yes, no or auto), then ``"auto"``.
         include: Only these capabilities (names as in `status`). None: ``RLPATCH_INCLUDE`` (comma-separated), then all.
         exclude: Never these. None: ``RLPATCH_EXCLUDE``.
         strict: Releases that no adapter serves are an error. None: ``RLPATCH_STRICT``, then False (a warning).

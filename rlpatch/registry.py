@@ -95,7 +95,7 @@ class Context:
     precision: str = "auto"
     compile: str = "default"
     memory_limit: int | None = None
-    park_optimizer: bool | str = False
+    park_optimizer: bool | str = "auto"
     providers: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 

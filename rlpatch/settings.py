@@ -47,7 +47,7 @@ class Settings:
     compile: str = "default"
     memory_plan: bool | int = True
     one_forward: bool = True
-    park_optimizer: bool | str = False
+    park_optimizer: bool | str = AUTO
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -69,7 +69,7 @@ class Settings:
     def off_by_default(self, capability: str) -> bool:
         """Whether `capability` is off because nobody asked for it, rather than because somebody switched it off."""
         named = {*self.exclude, *(self.include or ())}
-        return capability in ("compile", "park_optimizer") and capability not in self.explicit | named
+        return capability == "compile" and capability not in self.explicit | named
 
 
 def _names(
@@ -133,7 +133,8 @@ def resolve(
             return AUTO
         if isinstance(value, str):
             raise UsageError(f"apply({name}={value!r}): expected True, False, {AUTO!r} or None")
-        return flag(name, value, False)
+        found = flag(name, value, False)
+        return found if name in explicit else AUTO
 
     def names(name: str, value: Iterable[str] | str | None) -> tuple[str, ...] | None:
         variable = f"RLPATCH_{name.upper()}"

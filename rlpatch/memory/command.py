@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlpatch.errors import UsageError
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = 1
+_PARKED = (
+    "the optimizer's state waits in host memory between steps, because it would not fit otherwise: one copy out and one back "
+    "per step; the host needs twice its size free"
+)
 
 
 def shapes() -> dict[str, dict[str, Any]]:
@@ -55,7 +60,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--lora-targets", default="all-linear", metavar="A,B", help="layers that it adapts (all-linear)")
     train.add_argument("--load-in-4bit", action="store_true", help="the base in bitsandbytes' 4 bits (QLoRA)")
     train.add_argument("--optim", default="adamw_torch_fused", help="transformers' name (default adamw_torch_fused)")
-    train.add_argument("--park-optimizer", action="store_true", help="its state in host memory between steps")
+    train.add_argument(
+        "--park-optimizer", action=argparse.BooleanOptionalAction,
+        help="its state in host memory between steps (default: where it does not fit otherwise)",
+    )  # fmt: skip
     train.add_argument(
         "--precision", choices=("bf16", "masters", "fp32"), default="bf16",
         help="a model object in bf16 (default); a plain script's model under rlpatch: bf16 with a float32 residual "
@@ -173,7 +181,7 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
         residual="float32" if options.precision == "masters" else None,
         masters=options.precision == "masters" and not options.lora,
         optim=options.optim,
-        parked=options.park_optimizer,
+        parked=bool(options.park_optimizer),
         batch=batch,
         prompt=options.max_prompt_length,
         completion=256 if completion is None else completion,
@@ -206,16 +214,18 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
         lora_rank=options.lora if slots else 0,
         shares=not options.no_sharing,
     )
-    made = plan(
-        model, training, engine, device,
+    sizes: dict[str, Any] = dict(
         margin=None if options.margin is None else parse_size(options.margin, "--margin"),
         others=0 if options.reserve is None else parse_size(options.reserve, "--reserve"),
         utilization=options.gpu_memory_utilization,
-    )  # fmt: skip
-    if warnings:
-        from dataclasses import replace
-
-        made = replace(made, warnings=(*warnings, *made.warnings))
+    )
+    made = plan(model, training, engine, device, **sizes)
+    if made.refusal is not None and options.park_optimizer is None:
+        other = replace(training, parked=True)
+        parked = plan(model, other, engine, device, **sizes)
+        if parked.refusal is None:
+            training, made = other, replace(parked, notes=(*parked.notes, _PARKED))
+    made = replace(made, warnings=(*warnings, *made.warnings))
     return model, training, made
 
 

@@ -343,10 +343,8 @@ def _terms(
     part = sizes.gradients if always else there.get("gradients", 0)
     why = "; kept over rollouts within an accumulation" if always else ""
     if 0 < part < sizes.gradients:
-        why = (
-            ", the embedding's apart" if sizes.embedding_gradient and part > sizes.head_gradient else ", the LM head's"
-        )
-        why = f"; at the peak {show(part)}{why}"
+        later = "the embedding's is not there yet" if part > sizes.head_gradient else "the LM head's is there"
+        why = f", {show(sizes.gradients)} in the end; {later}"
     add("gradients", sizes.gradients, BOTH if always else TRAINING, f"of what is trained{why}", "torch autograd", True,
         part > 0, part)  # fmt: skip
     add("end of the backward pass", sizes.embedding, TRAINING, "the residual stream's gradient" + (

@@ -54,6 +54,18 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert made["sequences"] == 2
 
 
+def test_the_optimizer_s_state_is_parked_where_it_does_not_fit_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `apply` does."""
+    long = ("--model", "4b", "--lora", "0", "--attention", "flash", "--max-length", "78000")
+    here, auto = document(capsys, *long, "--no-park-optimizer"), document(capsys, *long)
+    assert here["refusal"] and auto["refusal"] is None and "waits in host memory" in auto["notes"][-1]
+    assert auto["training"] < 80 << 30 < here["training"] and auto == {
+        **document(capsys, *long, "--park-optimizer"), "notes": auto["notes"]
+    }  # fmt: skip
+    hopeless = document(capsys, *long, "--batch", "4")
+    assert hopeless["refusal"] and not any("waits" in note for note in hopeless["notes"])
+
+
 def test_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     base = document(capsys)
     assert document(capsys, "--kv-cache-dtype", "fp8")["block_bytes"] * 2 == base["block_bytes"]
