@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _PARKED = (
-    "the optimizer's state waits in host memory between steps, because it would not fit otherwise: one copy out and one back "
-    "per step; the host needs twice its size free"
+    "the optimizer's state waits in host memory between steps, because it would not fit otherwise: one copy out and one "
+    "back per step; the host needs twice its size free"
 )
 
 
