@@ -5,8 +5,9 @@ there (``AutoModelForCausalLM``, the architecture's class, ``create_model_from_p
 that `rlpatch.precision.model.loading` names. ``Trainer.create_optimizer`` builds the optimizer over the model's
 parameters, once, before accelerate wraps it and before a checkpoint's optimizer state is read: masters take the
 parameters' places in between, so that wrapping, schedulers, state and resume know nothing of it. The Trainer clips through
-``Accelerator.clip_grad_norm_(model.parameters(), …)``, also to measure the norm that it logs; the gradients are the
-masters', and that call is told so. The same in 4.51.3, 4.57.6, 5.5.3, 5.17.0 and 5.23.0.
+``Accelerator.clip_grad_norm_(model.parameters(), …)``, also to measure the norm that it logs; gradients become float32
+when they are stepped, and that call is made as if they were so already. The same in 4.51.3, 4.57.6, 5.5.3, 5.17.0 and
+5.23.0.
 Delete when: transformers trains half-precision parameters with float32 masters outside of DeepSpeed and FSDP.
 """
 
@@ -40,7 +41,18 @@ def _create_optimizer(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs
     return created
 
 
-def _clip(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _clip_norm(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from rlpatch.precision.masters import clip_norm
+
+    def call(parameters: Any, max_norm: Any, norm_type: Any = 2, **more: Any) -> Any:
+        return clip_norm(
+            parameters, float(max_norm), float(norm_type), lambda found: wrapped(found, max_norm, norm_type, **more)
+        )
+
+    return call(*args, **kwargs)
+
+
+def _clip_value(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from rlpatch.precision.masters import substitute
 
     if args:
@@ -52,8 +64,8 @@ def _patches(context: Context) -> list[Patch]:
     return [
         Patch("transformers.modeling_utils", "PreTrainedModel.from_pretrained", _from_pretrained),
         Patch("transformers.trainer", "Trainer.create_optimizer", _create_optimizer),
-        Patch("accelerate.accelerator", "Accelerator.clip_grad_norm_", _clip),
-        Patch("accelerate.accelerator", "Accelerator.clip_grad_value_", _clip),
+        Patch("accelerate.accelerator", "Accelerator.clip_grad_norm_", _clip_norm),
+        Patch("accelerate.accelerator", "Accelerator.clip_grad_value_", _clip_value),
     ]
 
 

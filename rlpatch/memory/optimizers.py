@@ -94,6 +94,7 @@ class Optimizer:
         largest: Float32 copies of the largest tensor that a step makes.
         source: Where the layout is written.
         note: What else is worth knowing.
+        pieces: Masters step it for some of the parameters at a time (`rlpatch.precision.masters`).
     """
 
     state: Callable[[Trainable], int]
@@ -101,6 +102,7 @@ class Optimizer:
     workspace: int = 0
     largest: int = 0
     note: str = ""
+    pieces: bool = True
 
     def state_bytes(self, tensors: Iterable[Trainable]) -> int:
         """State of all tensors."""
@@ -117,16 +119,21 @@ _ADAMW = "torch/optim/adamw.py, adam.py: exp_avg, exp_avg_sq like the parameter"
 _BNB = (
     "bitsandbytes/optim/optimizer.py: uint8 states, float32 absmax per 256 (embeddings and what is under 4096: float32)"
 )
+_TORCHAO = "torchao/optim: {}-bit states, float32 scale per {}"
 _PAGED = "paged: the driver may move it to the host under pressure; counted as if it stayed"
 _MANY = "torch's foreach step holds sqrt(exp_avg_sq) of all parameters at once"
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_torch": Optimizer(_same(2), _ADAMW, workspace=1, note=_MANY),
     "adamw_torch_fused": Optimizer(_same(2), _ADAMW),
-    "adamw_torch_8bit": Optimizer(_torchao(8, 256), "torchao/optim: 8-bit states, float32 scale per 256", largest=4),
-    "adamw_torch_4bit": Optimizer(_torchao(4, 128), "torchao/optim: 4-bit states, float32 scale per 128", largest=4),
+    "adamw_torch_8bit": Optimizer(
+        _torchao(8, 256), "torchao/optim: 8-bit states, float32 scale per 256", largest=4, pieces=False
+    ),
+    "adamw_torch_4bit": Optimizer(
+        _torchao(4, 128), "torchao/optim: 4-bit states, float32 scale per 128", largest=4, pieces=False
+    ),
     "adamw_anyprecision": Optimizer(
-        _float(2), "torchdistx AnyPrecisionAdamW with transformers' float32 defaults", largest=2
+        _float(2), "torchdistx AnyPrecisionAdamW with transformers' float32 defaults", largest=2, pieces=False
     ),
     "adafactor": Optimizer(
         _adafactor, "transformers/optimization.py Adafactor: rows and columns in float32", largest=4
@@ -136,7 +143,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "rmsprop": Optimizer(
         _same(2), "torch/optim/rmsprop.py: square_avg, and a momentum buffer if asked for", workspace=1
     ),
-    "stable_adamw": Optimizer(_same(2), "optimi StableAdamW: exp_avg, exp_avg_sq", workspace=1),
+    "stable_adamw": Optimizer(_same(2), "optimi StableAdamW: exp_avg, exp_avg_sq", workspace=1, pieces=False),
     "adamw_bnb_8bit": Optimizer(_bitsandbytes(1, 1), _BNB),
     "paged_adamw_8bit": Optimizer(_bitsandbytes(1, 1), _BNB, note=_PAGED),
     "paged_adamw_32bit": Optimizer(_float(2), "bitsandbytes: two float32 states", note=_PAGED),
@@ -155,7 +162,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "rmsprop_bnb_8bit": Optimizer(_bitsandbytes(1, 0), _BNB),
 }
 _ALIASES = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw_32bit", "paged_lion": "paged_lion_32bit"}
-UNKNOWN = Optimizer(_float(2), "an optimizer that is not known: counted like AdamW in float32", workspace=1, largest=2)
+UNKNOWN = Optimizer(
+    _float(2), "an optimizer that is not known: counted like AdamW in float32", workspace=1, largest=2, pieces=False
+)
 
 
 def optimizer(name: str) -> Optimizer:

@@ -15,6 +15,7 @@ from rlpatch.memory.optimizers import UNKNOWN, Optimizer, Trainable, optimizer
 
 TILES, FULL = "tiles", "full"
 _TILE_TOKENS, _TILE_VOCAB = 4096, 32768  # trl/kernels/chunked_logprob.py TOKEN_CHUNK_SIZE, trl/trainer/utils.py
+_PIECE = 1 << 28  # rlpatch/precision/masters.py PIECE
 _LOGIT = 18  # bytes per logit at the peak of the full path: 16 measured with float32 logits, 2 for their bf16 gradient
 
 
@@ -116,7 +117,7 @@ class TrainingBytes:
         adapters: The LoRA's weights.
         reference: The reference model.
         optimizer: Optimizer state.
-        gradients: All of them, in float32 where there are masters (a gradient goes there as soon as it is complete).
+        gradients: All of them; in float32 where masters add up micro-batches.
         head_gradient: Of these, the LM head's: the first to come in a backward pass.
         embedding_gradient: Of these, the embedding's: the last to come; 0 where it is the LM head's, too.
         buckets: What DDP copies gradients into.
@@ -405,8 +406,12 @@ def measure(model: ModelShape, training: Training) -> TrainingBytes:
     if training.quantized:  # bitsandbytes unpacks one weight at a time (`MatMul4Bit`)
         recomputed += max((t.elements for t in model.linears()), default=0) * width(training.compute)
     if training.masters and training.full:
-        gradients = masters = trained * 4
-        step = how.workspace_bytes(tensors) + max((t.elements for t in tensors), default=0) * 4
+        masters, step = trained * 4, how.workspace_bytes(tensors)
+        wide = _wide_gradients(training, how)
+        gradients = trained * (4 if wide else width(training.dtype))
+        if not wide:  # widened in pieces, of which each is a step of its own
+            piece = 4 * max(min(trained, _PIECE), max((t.elements for t in tensors), default=0))
+            step = piece + min(step, piece)
     else:
         gradients = sum(t.bytes for t in tensors)
         masters = 0
@@ -444,12 +449,19 @@ def _edges(model: ModelShape, training: Training, tensors: tuple[Trainable, ...]
     """The gradients of the LM head and of the embedding (0: it is the same), and the latter's share of a tied one."""
     if not training.full:
         return 0, 0, 0
-    each = {t: t.elements * (4 if training.masters else width(t.dtype)) for t in tensors}
+    narrow = width(training.dtype)
+    wide = _wide_gradients(training, _optimizer(training))
+    each = {t: t.elements * ((4 if wide else narrow) if training.masters else width(t.dtype)) for t in tensors}
     matrix = model.vocab * model.hidden
     embedding = next((size for t, size in each.items() if t.embedding and t.elements == matrix), 0)
     if model.tied:
-        return embedding, 0, embedding // 2 if training.masters else embedding
+        return embedding, 0, matrix * narrow if embedding else 0
     return next((size for t, size in each.items() if not t.embedding and t.elements == matrix), 0), embedding, 0
+
+
+def _wide_gradients(training: Training, how: Optimizer) -> bool:
+    """Whether masters have all gradients in float32 at once, rather than a piece of them at a time."""
+    return training.accumulation > 1 or training.processes > 1 or not how.pieces
 
 
 def _widest(model: ModelShape, training: Training) -> int:

@@ -1,10 +1,11 @@
 """float32 masters behind half-precision parameters, for whatever torch optimizer steps them.
 
 The optimizer's ``param_groups`` hold the masters; the model's parameters are what forward, backward and the engine see.
-A parameter's gradient goes into its master's float32 gradient as soon as autograd has accumulated it, and its own is
-dropped, so that micro-batches add up in float32; after each step the masters are rounded into the parameters in one
-call. Bytes per parameter with AdamW: 2 weight + 4 master + 8 state, + 4 gradient from the first backward pass to the
-step, and never while tokens are generated.
+A gradient stays what autograd made of it, in half precision, and is widened when the optimizer steps, some hundred MiB of
+parameters at a time. Where a second micro-batch comes before that, gradients go into their masters' float32 gradients and
+add up there. After each step the masters are rounded into the parameters in one call. Bytes per parameter with AdamW:
+2 weight + 4 master + 8 state, + 2 gradient from the backward pass to the step (4 when micro-batches are accumulated), and
+none while tokens are generated. The values are those of float32 gradients, whichever way they go: widening is exact.
 
 ``state_dict`` of the model answers with the masters, ``load_state_dict`` fills them, and the optimizer's state is that
 of float32 parameters: checkpoints are the ones that training with float32 parameters writes and reads.
@@ -17,9 +18,10 @@ DeepSpeed's BF16 optimizer likewise; apex's FP16_Optimizer wraps any, but wants 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,9 +30,29 @@ HALF = (torch.bfloat16, torch.float16)
 
 _live: weakref.WeakSet[Masters] = weakref.WeakSet()
 
+PIECE = 1 << 28  # elements of float32 gradients that a step makes at a time, 1 GiB; at least one tensor
+
+
+def clip_norm(parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float, clip: Callable[..., Any]) -> Any:
+    """Clip by the norm of all gradients, as if they were float32 already; `clip` does it for a list of parameters.
+
+    Gradients that wait in half precision take part by their norms (the norm of all is the norm of these), and are scaled
+    when they are widened.
+    """
+    found, waiting = list(parameters), []
+    for masters in list(_live):
+        if masters.optimizer is not None:
+            waiting += masters.stand_in(found, norm_type)
+    total = clip(found)
+    if waiting:
+        scale = torch.clamp(max_norm / (total.detach() + 1e-6), max=1.0)  # torch.nn.utils.clip_grads_with_norm_
+        for masters in waiting:
+            masters.scale_by(scale)
+    return total
+
 
 def substitute(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The masters in the place of parameters that have one, with all gradients in them: what clipping must see."""
+    """The masters in the place of parameters that have one, with all gradients in them."""
     found = list(parameters)
     for masters in list(_live):
         if masters.optimizer is not None:
@@ -61,6 +83,7 @@ class Masters:
         self._module_hooks: list[Any] = []
         self._step_hooks: list[Any] = []
         self._gradient_hooks: list[Any] = []
+        self._scale: torch.Tensor | None = None  # of the gradients that wait in half precision
 
     # ---- masters -----------------------------------------------------------------------------------------------
 
@@ -155,24 +178,58 @@ class Masters:
                 master.data = master.data.to(parameter.device)
         _exchange(optimizer, {id(p): self.master_of(p) for p in mine})
         self.optimizer = optimizer
-        self._step_hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self.collect()),
-            optimizer.register_step_post_hook(lambda *_: self.round()),
-        ]
-        if not self.late:
-            self._gradient_hooks = [p.register_post_accumulate_grad_hook(self._collect) for p in mine]
+        if self.late:
+            self._hook_steps()
+        else:
+            for parameter in mine:
+                self._gradient_hooks += [
+                    parameter.register_hook(partial(self._arriving, weakref.ref(parameter))),
+                    parameter.register_post_accumulate_grad_hook(self._arrived),
+                ]
         _live.add(self)
         return len(mine)
 
+    def _hook_steps(self) -> None:
+        assert self.optimizer is not None
+        self._step_hooks = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(lambda *_: self.round()),
+        ]
+
+    # ---- gradients ---------------------------------------------------------------------------------------------
+
+    def _arriving(self, reference: weakref.ref[torch.Tensor], _: torch.Tensor) -> None:
+        """Autograd is about to add a gradient to what `parameter` has."""
+        parameter = reference()
+        if self._scale is not None:  # clipped, and not stepped
+            self.collect()
+        elif parameter is not None and parameter.grad is not None:
+            self._collect(parameter)
+
+    def _arrived(self, parameter: torch.Tensor) -> None:
+        if not self._step_hooks:  # not before: whoever brings the optimizer's state from elsewhere has to come first
+            self._hook_steps()
+        master = self.master_of(parameter)
+        if master is not None and master.grad is not None:
+            self._collect(parameter)
+
+    def _wide(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The gradient of `parameter` in float32, clipped, in memory of its own."""
+        assert parameter.grad is not None
+        gradient = parameter.grad.to(torch.float32)
+        return gradient if self._scale is None else gradient.mul_(self._scale.to(gradient.device))
+
     @torch.no_grad()
     def _collect(self, parameter: torch.Tensor) -> None:
-        gradient, master = parameter.grad, self.master_of(parameter)
-        if gradient is None or master is None:
+        master = self.master_of(parameter)
+        if parameter.grad is None or master is None:
             return
         if master.grad is None:
-            master.grad = gradient.to(torch.float32)
+            master.grad = self._wide(parameter)
+        elif self._scale is None:
+            master.grad.add_(parameter.grad)
         else:
-            master.grad.add_(gradient)
+            master.grad.add_(self._wide(parameter))
         parameter.grad = None
 
     def collect(self) -> None:
@@ -180,11 +237,66 @@ class Masters:
         for entry in self._entries.values():
             if entry.parameter.grad is not None:
                 self._collect(entry.parameter)
+        self._scale = None
+
+    @torch.no_grad()
+    def stand_in(self, parameters: list[torch.Tensor], norm_type: float) -> list[Masters]:
+        """Put into `parameters`, for each that has a master, what clipping must see: the master, with its float32 gradient,
+        or if all gradients wait in half precision, a number for each whose gradient is the norm of the parameter's.
+
+        Returns:
+            This one, if the latter was done.
+        """
+        mine = [(place, p) for place, p in enumerate(parameters) if self.master_of(p) is not None]
+        if self.late or self._scale is not None or any(self.master_of(p).grad is not None for _, p in mine):
+            self.collect()
+            for place, parameter in mine:
+                parameters[place] = self.master_of(parameter)
+            return []
+        mine = [(place, p) for place, p in mine if p.grad is not None]
+        for piece in _pieces(mine, lambda one: one[1].numel()):
+            wide = [self._wide(parameter) for _, parameter in piece]
+            for (place, _), norm in zip(piece, _norms(wide, norm_type), strict=True):
+                parameters[place] = nn.Parameter(torch.zeros_like(norm))
+                parameters[place].grad = norm
+        return [self] if mine else []
+
+    def scale_by(self, scale: torch.Tensor) -> None:
+        """Scale the gradients that wait in half precision, when they are widened."""
+        self._scale = scale if self._scale is None else self._scale * scale
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Step for one piece of the parameters after the other; the last is left to the step that called this."""
+        asked = [
+            value for value in (*args, *kwargs.values()) if value is not optimizer and value is not None
+        ]  # a closure
+        inner = _stepper(optimizer) if not self.late and not asked else None
+        waiting = [e for e in self._entries.values() if e.parameter.grad is not None]
+        if inner is None or any(e.master.grad is not None for e in self._entries.values()) or not _at_home(optimizer):
+            self.collect()
+            return
+        pieces = list(_pieces(waiting, lambda entry: entry.parameter.numel()))
+        others = {p: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        for parameter in others:  # not masters: they step once
+            parameter.grad = None
+        try:
+            for number, piece in enumerate(pieces, 1):
+                for entry in piece:
+                    self._collect(entry.parameter)
+                if number < len(pieces):
+                    inner(optimizer)
+                    for entry in piece:
+                        entry.master.grad = None
+        finally:
+            for parameter, gradient in others.items():
+                parameter.grad = gradient
 
     @torch.no_grad()
     def round(self) -> None:
         """After a step: the masters, rounded to nearest, into the parameters (in place: the engine reads them there)."""
         entries = list(self._entries.values())
+        self._scale = None
         for entry in entries:
             entry.master.grad = None  # the trainer clears those of the model's parameters only
         if entries:
@@ -201,16 +313,15 @@ class Masters:
     def dissolve(self) -> None:
         """Back to float32 parameters: the masters become the parameters' values, in the optimizer as well."""
         optimizer = self.optimizer
+        self.collect()
         self._let_go()
         for hook in self._module_hooks:
             hook.remove()
         self._module_hooks.clear()
         self._watched.clear()
         for entry in self._entries.values():
-            gradients = [g.to(torch.float32) for g in (entry.parameter.grad, entry.master.grad) if g is not None]
-            entry.parameter.grad = None
             entry.parameter.data = entry.master.data
-            entry.parameter.grad = sum(gradients[1:], gradients[0]) if gradients else None
+            entry.parameter.grad = entry.master.grad
         if optimizer is not None:
             _exchange(optimizer, {id(e.master): e.parameter for e in self._entries.values()})
         self._entries.clear()
@@ -230,6 +341,53 @@ class Masters:
             "gradient_bytes": _bytes(gradients),
             "optimizer_bytes": _bytes(state),
         }
+
+
+T = TypeVar("T")
+
+
+def _pieces(found: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """In order, in lists of up to `PIECE` elements, or of one that is larger."""
+    piece: list[T] = []
+    elements = 0
+    for one in found:
+        if piece and elements + size(one) > PIECE:
+            yield piece
+            piece, elements = [], 0
+        piece.append(one)
+        elements += size(one)
+    if piece:
+        yield piece
+
+
+def _norms(gradients: list[torch.Tensor], norm_type: float) -> list[torch.Tensor]:
+    """Of each, as ``torch.nn.utils.clip_grad_norm_`` computes them."""
+    if gradients[0].device.type == "cpu":
+        return [torch.linalg.vector_norm(gradient, norm_type) for gradient in gradients]
+    return list(torch._foreach_norm(gradients, norm_type))
+
+
+def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], Any] | None:
+    """The optimizer's step without hooks, if it treats each parameter by itself and passes over those without a gradient.
+
+    That holds for torch's own but LBFGS, for bitsandbytes' and for transformers' Adafactor; of others nothing is known.
+    """
+    kind = type(optimizer)
+    known = kind.__module__.startswith(("torch.optim.", "bitsandbytes.optim.", "transformers.optimization"))
+    step = kind.step
+    if not known or isinstance(optimizer, torch.optim.LBFGS) or not getattr(step, "hooked", False):
+        return None
+    return getattr(step, "__wrapped__", None)
+
+
+def _at_home(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the state lies where its parameters do (not parked)."""
+    return all(
+        value.device == parameter.device
+        for parameter, state in optimizer.state.items()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.numel() > 1
+    )
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -144,7 +144,7 @@ class Prepared:
             now = self.masters.describe()
             logger.info(
                 "rlpatch: %s steps float32 masters of %d tensors (%d parameters): %d MiB weights, %d MiB masters; "
-                "gradients are float32 and exist from the backward pass to the step",
+                "gradients exist from the backward pass to the step, which widens them",
                 type(optimizer).__name__, count, now["parameters"], now["weight_bytes"] >> 20, now["master_bytes"] >> 20,
             )  # fmt: skip
 

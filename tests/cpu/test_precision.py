@@ -210,6 +210,41 @@ def test_resume_continues_bit_by_bit(build: Callable[..., Any], tmp_path: Path) 
         assert torch.equal(a, b)
 
 
+def test_steps_in_pieces_give_the_same_bits(
+    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One backward pass a step: gradients are widened some at a time, or all before the step; clipped either way."""
+    from rlpatch.precision import masters
+
+    once = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.2}
+    stepper, calls = masters._stepper, []
+
+    def counted(optimizer: Any) -> Any:
+        inner = stepper(optimizer)
+        assert inner is not None  # the Trainer's optimizer is one of those
+
+        def step(one: Any) -> Any:
+            calls.append(sum(p.grad is not None for group in one.param_groups for p in group["params"]))
+            return inner(one)
+
+        return step
+
+    train(longer(build, tmp_path / "first", config=once))  # accelerate wraps the later ones in DDP: no `one_forward`
+    monkeypatch.setattr(masters, "_stepper", counted)
+    monkeypatch.setattr(masters, "PIECE", 4096)
+    pieces = longer(build, tmp_path / "pieces", config=once)
+    result = train(pieces)
+    found, state = {n: m.clone() for n, m in masters_of(pieces[0]).items()}, optimizer_tensors(pieces[0])
+    assert len(calls) >= 4 * 5 and max(calls) < len(found) // 2
+    monkeypatch.setattr(masters, "_stepper", lambda optimizer: None)
+    whole = longer(build, tmp_path / "whole", config=once)
+    expected = train(whole)
+    assert [row["grad_norm"] for row in result["steps"]] == [row["grad_norm"] for row in expected["steps"]]
+    assert max(row["grad_norm"] for row in result["steps"]) > 0.2  # clipped
+    assert all(torch.equal(found[name], master) for name, master in masters_of(whole[0]).items())
+    assert all(torch.equal(a, b) for a, b in zip(state, optimizer_tensors(whole[0]), strict=True))
+
+
 def test_checkpoints_go_to_plain_trl_and_back(build: Callable[..., Any], tmp_path: Path) -> None:
     """What plain TRL writes resumes under masters and the reverse, without the loss of a bit; both load anywhere."""
     from safetensors.torch import load_file

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -16,7 +17,9 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 
-from rlpatch.precision.masters import Masters, substitute  # noqa: E402
+from rlpatch.parking import ParkedState  # noqa: E402
+from rlpatch.precision import masters as module  # noqa: E402
+from rlpatch.precision.masters import Masters, clip_norm, substitute  # noqa: E402
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adamw-foreach": lambda groups: torch.optim.AdamW(groups, lr=3e-3, foreach=True),
@@ -62,15 +65,23 @@ def feed(model: Model, seed: int, scale: float = 1.0) -> None:
     loss.backward()
 
 
-def train(model: Model, optimizer: Any, steps: range, micro: int, clip: float | None) -> list[float]:
+def clipped(model: Model, most: float, first: bool) -> float:
+    """Clip by norm as accelerate does under rlpatch; `first`: what clipping sees are float32 gradients already."""
+    if first:
+        return float(nn.utils.clip_grad_norm_(substitute(model.parameters()), most))
+    return float(clip_norm(model.parameters(), most, 2.0, lambda found: nn.utils.clip_grad_norm_(found, most, 2.0)))
+
+
+def train(
+    model: Model, optimizer: Any, steps: range, micro: int, clip: float | None, first: bool = False
+) -> list[float]:
     """As the Trainer does it; returns the norms of the gradients."""
     norms = []
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
     for step in steps:
         for batch in range(micro):
             feed(model, 1000 * step + batch)
-        parameters = substitute(model.parameters())
-        norms.append(float(nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))))
+        norms.append(clipped(model, clip if clip is not None else float("inf"), first))
         optimizer.step()
         schedule.step()
         model.zero_grad()
@@ -93,16 +104,26 @@ def same(model: Model, masters: Masters, wide: Model) -> None:
     micro=st.integers(1, 3),
     clip=st.sampled_from([None, 0.5, 100.0]),
     seed=st.integers(0, 1000),
+    piece=st.sampled_from([1, 20, 1 << 28]),
+    first=st.booleans(),
 )
 def test_the_same_bits_as_float32_parameters(
-    shapes: list[tuple[int, ...]], optimizer: str, steps: int, micro: int, clip: float | None, seed: int
+    shapes: list[tuple[int, ...]],
+    optimizer: str,
+    steps: int,
+    micro: int,
+    clip: float | None,
+    seed: int,
+    piece: int,
+    first: bool,
 ) -> None:
     model = Model(shapes, seed)
     wide = widened(model)
     stepped = OPTIMIZERS[optimizer](model.groups())
     masters = Masters()
     assert masters.attach(stepped) == len(shapes)
-    norms = train(model, stepped, range(steps), micro, clip)
+    with mock.patch.object(module, "PIECE", piece):
+        norms = train(model, stepped, range(steps), micro, clip, first)
     assert norms == train(wide, OPTIMIZERS[optimizer](wide.groups()), range(steps), micro, clip)
     same(model, masters, wide)
     assert all(p.grad is None for p in (*model.parameters(), *substitute(model.parameters())))
@@ -137,12 +158,107 @@ def test_bytes_per_parameter() -> None:
     count = 32 * 32
     feed(model, 0)
     facts = masters.describe()
-    assert (facts["weight_bytes"], facts["master_bytes"], facts["gradient_bytes"]) == (2 * count, 4 * count, 4 * count)
+    assert (facts["weight_bytes"], facts["master_bytes"], facts["gradient_bytes"]) == (2 * count, 4 * count, 2 * count)
+    feed(model, 1)  # a second micro-batch: in float32 from here on
+    assert masters.describe()["gradient_bytes"] == 4 * count
     assert all(p.grad is None for p in model.weights)
     optimizer.step()
     facts = masters.describe()
     assert facts["gradient_bytes"] == 0
     assert facts["optimizer_bytes"] == 8 * count + 4  # and the step counter
+    masters.dissolve()
+
+
+class Watched(torch.optim.Optimizer):
+    """Says what it is asked to step, and what `seen` is then."""
+
+    __module__ = "torch.optim.watched"  # as if known to treat parameters one by one
+    seen: Callable[[], Any]
+    steps: list[tuple[list[int], Any]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.steps.append(([p.numel() for p in stepped], self.seen()))
+        for parameter in stepped:
+            moment = self.state[parameter].setdefault("moment", torch.zeros_like(parameter))
+            parameter.sub_(moment.mul_(0.5).add_(parameter.grad), alpha=0.1)
+
+
+def watched(model: Model, seen: Callable[[], Any] = lambda: None, kind: type[Watched] = Watched) -> Watched:
+    optimizer = kind(model.groups(), {})
+    optimizer.steps, optimizer.seen = [], seen
+    return optimizer
+
+
+def test_a_step_widens_some_gradients_at_a_time() -> None:
+    model = Model([(4,), (9,), (2,), (3,)], 0)
+    masters = Masters()
+    optimizer = watched(model, lambda: masters.describe()["gradient_bytes"])
+    masters.attach(optimizer)
+    with mock.patch.object(module, "PIECE", 5):
+        feed(model, 0)
+        optimizer.step()
+        assert optimizer.steps == [([4], 2 * 14 + 16), ([9], 2 * 5 + 36), ([2, 3, 3], 20)]  # the last 3: not a master
+        optimizer.steps.clear()
+        feed(model, 1)
+        feed(model, 2)
+        optimizer.step()
+        assert optimizer.steps == [([4, 9, 2, 3, 3], 4 * 18)]
+        optimizer.steps.clear()
+        feed(model, 3)
+        optimizer.step(lambda: 0.0)  # may want all gradients, and again
+        assert len(optimizer.steps) == 1
+    masters.dissolve()
+
+
+def test_an_optimizer_that_nothing_is_known_of_steps_once() -> None:
+    model = Model([(4,), (9,)], 0)
+    optimizer = watched(model, kind=type("Other", (Watched,), {"__module__": "somewhere"}))
+    masters = Masters()
+    masters.attach(optimizer)
+    with mock.patch.object(module, "PIECE", 5):
+        feed(model, 0)
+        optimizer.step()
+    assert [sizes for sizes, _ in optimizer.steps] == [[4, 9, 3]]
+    masters.dissolve()
+
+
+def test_the_state_is_back_before_the_first_piece() -> None:
+    """Whoever parks it registers later than the masters are attached."""
+    model = Model([(4,), (9,), (2,)], 0)
+    masters = Masters()
+    optimizer = watched(model, lambda: parked.parked_bytes)
+    masters.attach(optimizer)
+    parked = ParkedState(optimizer, parks=lambda tensor: tensor.numel() > 1, smallest=1)
+    with mock.patch.object(module, "PIECE", 1):
+        for step in range(3):
+            feed(model, step)
+            optimizer.step()
+            assert parked.parked_bytes == 4 * 18
+    assert [seen for _, seen in optimizer.steps] == [0] * 9
+    parked.close()
+    masters.dissolve()
+
+
+def test_a_step_that_never_comes_does_not_scale_the_next() -> None:
+    model, wide = Model([(4,), (9,)], 0), widened(Model([(4,), (9,)], 0))
+    optimizers = [torch.optim.SGD(m.groups(), lr=0.1) for m in (model, wide)]
+    masters = Masters()
+    masters.attach(optimizers[0])
+    for m, o in zip((model, wide), optimizers, strict=True):
+        feed(m, 0)
+        clipped(m, 0.5, False)
+        m.zero_grad()  # skipped: the norm was not finite, say
+        feed(m, 1)
+        o.step()
+        m.zero_grad()
+        feed(m, 2)
+        clipped(m, 0.5, False)
+        feed(m, 3)  # clipped in between
+        clipped(m, 0.75, False)
+        o.step()
+    same(model, masters, wide)
     masters.dissolve()
 
 
@@ -232,9 +348,9 @@ def _rank(rank: int, folder: str) -> None:
     mine, wide = Fed(), Fed()
     wide.weight.data = wide.weight.data.float()
     pairs = []
-    for module in (mine, wide):
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-        pairs.append((nn.parallel.DistributedDataParallel(module), optimizer))
+    for one in (mine, wide):
+        optimizer = torch.optim.AdamW(one.parameters(), lr=1e-3)
+        pairs.append((nn.parallel.DistributedDataParallel(one), optimizer))
     masters = Masters(late=True)
     masters.attach(pairs[0][1])
     for step in range(4):

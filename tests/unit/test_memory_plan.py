@@ -160,7 +160,14 @@ def test_masters_add_four_bytes_and_a_float32_state() -> None:
     made = make(masters=True, device=400 * GIB)
     assert made["fp32 masters"].bytes == 4 * EIGHT.parameters
     assert made["optimizer state"].bytes == 8 * EIGHT.parameters
-    assert made["gradients"].bytes == 4 * EIGHT.parameters  # collected in float32
+    assert made["gradients"].bytes == 2 * EIGHT.parameters
+    assert made["optimizer's workspace"].bytes == 4 * 151_936 * 4096  # the largest, alone
+    added = make(masters=True, device=400 * GIB, accumulation=2)
+    assert added["gradients"].bytes == 4 * EIGHT.parameters and "optimizer's workspace" not in {
+        t.name for t in added.terms
+    }
+    assert make(masters=True, device=400 * GIB, optim="stable_adamw")["gradients"].bytes == 4 * EIGHT.parameters
+    assert make(masters=True, device=400 * GIB, processes=2)["gradients"].bytes == 4 * EIGHT.parameters
 
 
 def test_a_parked_state_is_there_while_it_steps() -> None:
