@@ -178,6 +178,7 @@ class Masters:
                 master.data = master.data.to(parameter.device)
         _exchange(optimizer, {id(p): self.master_of(p) for p in mine})
         self.optimizer = optimizer
+        vars(optimizer)["zero_grad"] = partial(self._zero_grad, optimizer)
         if self.late:
             self._hook_steps()
         else:
@@ -255,11 +256,18 @@ class Masters:
             return []
         mine = [(place, p) for place, p in mine if p.grad is not None]
         for piece in _pieces(mine, lambda one: one[1].numel()):
-            wide = [self._wide(parameter) for _, parameter in piece]
-            for (place, _), norm in zip(piece, _norms(wide, norm_type), strict=True):
+            norms = _norms([self._wide(parameter) for _, parameter in piece], norm_type)
+            for (place, _), norm in zip(piece, norms, strict=True):
                 parameters[place] = nn.Parameter(torch.zeros_like(norm))
                 parameters[place].grad = norm
         return [self] if mine else []
+
+    def _zero_grad(self, optimizer: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+        """The optimizer's, which knows the masters alone."""
+        for entry in self._entries.values():
+            entry.parameter.grad = None
+        self._scale = None
+        type(optimizer).zero_grad(optimizer, set_to_none)
 
     def scale_by(self, scale: torch.Tensor) -> None:
         """Scale the gradients that wait in half precision, when they are widened."""
@@ -268,10 +276,8 @@ class Masters:
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Step for one piece of the parameters after the other; the last is left to the step that called this."""
-        asked = [
-            value for value in (*args, *kwargs.values()) if value is not optimizer and value is not None
-        ]  # a closure
-        inner = _stepper(optimizer) if not self.late and not asked else None
+        closure = [one for one in (*args, *kwargs.values()) if one is not None and one is not optimizer]
+        inner = _stepper(optimizer) if not self.late and not closure else None
         waiting = [e for e in self._entries.values() if e.parameter.grad is not None]
         if inner is None or any(e.master.grad is not None for e in self._entries.values()) or not _at_home(optimizer):
             self.collect()
@@ -305,6 +311,8 @@ class Masters:
     def _let_go(self) -> None:
         for hook in (*self._step_hooks, *self._gradient_hooks):
             hook.remove()
+        if self.optimizer is not None:
+            vars(self.optimizer).pop("zero_grad", None)
         self._step_hooks, self._gradient_hooks, self.optimizer = [], [], None
 
     # ---- the end -----------------------------------------------------------------------------------------------

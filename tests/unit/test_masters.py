@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -239,6 +240,24 @@ def test_the_state_is_back_before_the_first_piece() -> None:
     assert [seen for _, seen in optimizer.steps] == [0] * 9
     parked.close()
     masters.dissolve()
+
+
+def test_the_optimizer_s_zero_grad_clears_what_waits() -> None:
+    model, wide = Model([(4,), (9,)], 0), widened(Model([(4,), (9,)], 0))
+    optimizers = [torch.optim.SGD(m.groups(), lr=0.1) for m in (model, wide)]
+    masters = Masters()
+    masters.attach(optimizers[0])
+    for m, o in zip((model, wide), optimizers, strict=True):
+        feed(m, 0)
+        clipped(m, 0.5, False)
+        assert "set_to_none" in inspect.signature(o.zero_grad).parameters  # accelerate looks
+        o.zero_grad(set_to_none=True)
+        assert all(p.grad is None for p in m.parameters())
+        feed(m, 1)
+        o.step()
+    same(model, masters, wide)
+    masters.dissolve()
+    assert "zero_grad" not in vars(optimizers[0])
 
 
 def test_a_step_that_never_comes_does_not_scale_the_next() -> None:
