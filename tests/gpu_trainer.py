@@ -62,3 +62,13 @@ def greedy(trainer: Any, prompts: list[list[int]] = PROMPTS, length: int = 48) -
     finally:
         generation.temperature, generation.max_completion_length = before
     return [list(ids) for ids in completions]
+
+
+def optimizer_of(name: str, parameters: Any) -> Any:
+    """AdamW, ``"fused"``, ``"foreach"`` or bitsandbytes' ``"adamw_8bit"``."""
+    import pytest
+    import torch
+
+    if name == "adamw_8bit":
+        return pytest.importorskip("bitsandbytes").optim.AdamW8bit(parameters, lr=1e-3)
+    return torch.optim.AdamW(parameters, lr=1e-3, **({"fused": True} if name == "fused" else {"foreach": True}))

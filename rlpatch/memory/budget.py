@@ -156,7 +156,6 @@ class Decision:
                     "bytes": t.bytes,
                     "resident": t.resident,
                     "exact": t.exact,
-                    "at_peak": t.at_peak,
                     "peak_bytes": t.peak_bytes,
                 }
                 for t in made.terms

@@ -252,8 +252,8 @@ def _show(made: Plan, model: ModelShape, training: Training, console: Console) -
             Text(term.name),
             Text("" if term.resident == TRAINING else size),
             Text(
-                "" if term.resident == GENERATING else show(term.peak_bytes) if term.at_peak else f"({size})",
-                "" if term.at_peak else "dim",
+                "" if term.resident == GENERATING else show(term.peak_bytes) if term.peak_bytes else f"({size})",
+                "" if term.peak_bytes else "dim",
             ),
             Text(mark + term.formula, "dim"),
         )

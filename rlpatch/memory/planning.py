@@ -33,11 +33,10 @@ class Term:
         name: For people.
         bytes: Its size.
         resident: ``"generating"``, ``"training"`` or ``"both"``.
-        at_peak: Whether it is there at the moment that training needs most.
         formula: How the size comes about.
         source: Where that is written.
         exact: To the byte; else an estimate.
-        part: What of it is there at that moment, in bytes, if not all.
+        part: Bytes of it that are there at the moment that training needs most; None: all.
     """
 
     name: str
@@ -46,13 +45,12 @@ class Term:
     formula: str
     source: str
     exact: bool = False
-    at_peak: bool = True
     part: int | None = None
 
     @property
     def peak_bytes(self) -> int:
         """What of it is there at the moment that training needs most."""
-        return 0 if not self.at_peak else self.bytes if self.part is None else self.part
+        return self.bytes if self.part is None else self.part
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class Plan:
         """Plain data for JSON."""
         return {
             **asdict(self),
-            "terms": [asdict(term) for term in self.terms],
+            "terms": [{**asdict(term), "peak_bytes": term.peak_bytes} for term in self.terms],
             "peak": self.peak,
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             "kv_left_bytes": self.kv_left_bytes,
@@ -256,11 +254,11 @@ def _terms(
     terms: list[Term] = []
 
     def add(
-        name: str, size: int, resident: str, formula: str, source: str, exact: bool = False, peak: bool = True,
+        name: str, size: int, resident: str, formula: str, source: str, exact: bool = False,
         part: int | None = None,
     ) -> None:  # fmt: skip
         if size:
-            terms.append(Term(name, int(size), resident, formula, source, exact, peak, part))
+            terms.append(Term(name, int(size), resident, formula, source, exact, part))
 
     count = f"{model.parameters:,} weights"
     base = "bitsandbytes 4 bit, the rest" if training.quantized else f"{count} ×"
@@ -301,7 +299,7 @@ def _terms(
     there = moments[peak]
     where = f"{training.optim}, of what is trained" + ("; in host memory between steps" if sizes.parked else "")
     add("optimizer state", sizes.optimizer, TRAINING if sizes.parked else BOTH, where, how.source, True,
-        not sizes.parked or "optimizer" in there)  # fmt: skip
+        there.get("optimizer", 0) if sizes.parked else None)  # fmt: skip
     add(
         "DDP buckets",
         sizes.buckets,
@@ -346,23 +344,24 @@ def _terms(
         later = "the embedding's is not there yet" if part > sizes.head_gradient else "the LM head's is there"
         why = f", {show(sizes.gradients)} in the end; {later}"
     add("gradients", sizes.gradients, BOTH if always else TRAINING, f"of what is trained{why}", "torch autograd", True,
-        part > 0, part)  # fmt: skip
+        part)  # fmt: skip
     add("end of the backward pass", sizes.embedding, TRAINING, "the residual stream's gradient" + (
         ", and the embedding's before it is added to the LM head's" if model.tied else ""), "torch autograd",
-        peak="embedding" in there)  # fmt: skip
+        part=there.get("embedding", 0))  # fmt: skip
     what = "every layer's input" if training.checkpointing else "what every layer saves for its backward pass"
     add("saved activations", sizes.checkpoints, TRAINING, f"{what}, {training.batch} × {training.length} tokens",
-        "transformers' modeling file", peak="checkpoints" in there)  # fmt: skip
+        "transformers' modeling file", part=there.get("checkpoints", 0))  # fmt: skip
     add("layer at work", sizes.layer, TRAINING, "the layer being recomputed and differentiated" if training.checkpointing
-        else "the layer being differentiated", "transformers' modeling file", peak="layer" in there)  # fmt: skip
+        else "the layer being differentiated", "transformers' modeling file", part=there.get("layer", 0))  # fmt: skip
     add("LM head and log-probabilities", sizes.head, TRAINING,
         "tiles of 4096 × 32768 logits, float32 gradient of the head if trained" if training.head == trainer.TILES
         else f"18 bytes × {training.batch} × {training.completion + 1} × {model.vocab} logits",
         "trl/kernels/chunked_logprob.py" if training.head == trainer.TILES else "trl _get_per_token_logps_and_entropies",
-        peak="head" in there)  # fmt: skip
+        part=there.get("head", 0))  # fmt: skip
     add("autocast copies", sizes.casts, TRAINING, f"what is trained in float32 once more in {training.compute}",
-        "at::autocast::cached_cast", peak="casts" in there)  # fmt: skip
-    add("optimizer's workspace", sizes.step, TRAINING, "temporary tensors of a step", how.source, peak="step" in there)
+        "at::autocast::cached_cast", part=there.get("casts", 0))  # fmt: skip
+    add("optimizer's workspace", sizes.step, TRAINING, "temporary tensors of a step", how.source,
+        part=there.get("step", 0))  # fmt: skip
     add("margin", margin, BOTH, "stays free", "setting")
     held = sum(t.bytes for t in terms if t.name in _AT_START)
     return tuple(terms), held, totals
@@ -459,7 +458,7 @@ def _refusal(made: Plan, model: ModelShape, weights: int, per_sequence: int, len
         )
     if made.training > room:
         over = made.training - room
-        there = [t for t in made.terms if t.resident != GENERATING and t.at_peak]
+        there = [replace(t, bytes=t.peak_bytes) for t in made.terms if t.resident != GENERATING and t.peak_bytes]
         return (
             f"training needs {show(made.training)} at its peak ({made.peak}), {show(over)} more than the {show(room)} of "
             f"the device. {_blame(there, over)}"

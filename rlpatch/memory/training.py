@@ -405,19 +405,17 @@ def measure(model: ModelShape, training: Training) -> TrainingBytes:
         checkpoints, recomputed = model.layers * layer + base, tokens * extra + scores
     if training.quantized:  # bitsandbytes unpacks one weight at a time (`MatMul4Bit`)
         recomputed += max((t.elements for t in model.linears()), default=0) * width(training.compute)
+    masters, step = 0, how.workspace_bytes(tensors)
+    arriving = tensors  # as autograd makes gradients of them
     if training.masters and training.full:
-        masters, step = trained * 4, how.workspace_bytes(tensors)
-        wide = _wide_gradients(training, how)
-        gradients = trained * (4 if wide else width(training.dtype))
-        if not wide:  # widened in pieces, of which each is a step of its own
+        masters = trained * 4
+        if training.accumulation == training.processes == 1 and how.pieces:  # each piece is a step of its own
+            arriving = tuple(replace(t, dtype=training.dtype) for t in tensors)
             piece = 4 * max(min(trained, _PIECE), max((t.elements for t in tensors), default=0))
             step = piece + min(step, piece)
-    else:
-        gradients = sum(t.bytes for t in tensors)
-        masters = 0
-        step = how.workspace_bytes(tensors)
+    gradients = sum(t.bytes for t in arriving)
     recomputed += min(gradients, checkpoints) // model.layers  # its own gradients, beside what later layers left
-    first, last, tied = _edges(model, training, tensors)
+    first, last, tied = _edges(model, training, arriving)
     every = training.generate_every or training.accumulation
     return TrainingBytes(
         weights=weight_bytes(model, training),
@@ -449,19 +447,11 @@ def _edges(model: ModelShape, training: Training, tensors: tuple[Trainable, ...]
     """The gradients of the LM head and of the embedding (0: it is the same), and the latter's share of a tied one."""
     if not training.full:
         return 0, 0, 0
-    narrow = width(training.dtype)
-    wide = _wide_gradients(training, _optimizer(training))
-    each = {t: t.elements * ((4 if wide else narrow) if training.masters else width(t.dtype)) for t in tensors}
-    matrix = model.vocab * model.hidden
-    embedding = next((size for t, size in each.items() if t.embedding and t.elements == matrix), 0)
+    matrices = [t for t in tensors if t.elements == model.vocab * model.hidden]
+    head, embedding = (sum(t.bytes for t in matrices if t.embedding is kind) for kind in (False, True))
     if model.tied:
-        return embedding, 0, matrix * narrow if embedding else 0
-    return next((size for t, size in each.items() if not t.embedding and t.elements == matrix), 0), embedding, 0
-
-
-def _wide_gradients(training: Training, how: Optimizer) -> bool:
-    """Whether masters have all gradients in float32 at once, rather than a piece of them at a time."""
-    return training.accumulation > 1 or training.processes > 1 or not how.pieces
+        return embedding, 0, embedding and model.vocab * model.hidden * width(training.dtype)
+    return head, embedding, 0
 
 
 def _widest(model: ModelShape, training: Training) -> int:

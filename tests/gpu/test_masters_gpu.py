@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
+from gpu_trainer import optimizer_of  # noqa: E402
+
 from rlpatch.parking import ParkedState  # noqa: E402
 from rlpatch.precision import masters as module  # noqa: E402
 from rlpatch.precision.masters import Masters, clip_norm  # noqa: E402
@@ -29,12 +31,6 @@ def weights(dtype: Any) -> Any:
         torch.nn.Parameter(torch.randn(WIDTH, WIDTH, device="cuda", generator=generator).bfloat16().to(dtype))
         for _ in range(LAYERS)
     ]
-
-
-def optimizer_of(name: str, parameters: Any) -> Any:
-    if name == "adamw_8bit":
-        return pytest.importorskip("bitsandbytes").optim.AdamW8bit(parameters, lr=1e-3)
-    return torch.optim.AdamW(parameters, lr=1e-3, **({"fused": True} if name == "fused" else {"foreach": True}))
 
 
 def backward(parameters: Any, seed: int) -> None:

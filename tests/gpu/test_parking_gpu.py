@@ -12,17 +12,13 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
+from gpu_trainer import optimizer_of  # noqa: E402
+
 from rlpatch.parking import SMALLEST, ParkedState  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 WIDTH = 4096  # 64 MiB of float32 per layer
-
-
-def optimizer_of(name: str, parameters: Any) -> Any:
-    if name == "adamw_8bit":
-        return pytest.importorskip("bitsandbytes").optim.AdamW8bit(parameters, lr=1e-3)
-    return torch.optim.AdamW(parameters, lr=1e-3, **({"fused": True} if name == "fused" else {"foreach": True}))
 
 
 def model() -> Any:

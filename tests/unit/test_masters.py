@@ -242,12 +242,21 @@ def test_the_state_is_back_before_the_first_piece() -> None:
     masters.dissolve()
 
 
-def test_the_optimizer_s_zero_grad_clears_what_waits() -> None:
-    model, wide = Model([(4,), (9,)], 0), widened(Model([(4,), (9,)], 0))
-    optimizers = [torch.optim.SGD(m.groups(), lr=0.1) for m in (model, wide)]
+@pytest.fixture
+def both() -> Any:
+    """(model, optimizer) with masters behind them, and the same in float32: compared at the end."""
+    model = Model([(4,), (9,)], 0)
+    pairs = [(m, torch.optim.SGD(m.groups(), lr=0.1)) for m in (model, widened(model))]
     masters = Masters()
-    masters.attach(optimizers[0])
-    for m, o in zip((model, wide), optimizers, strict=True):
+    masters.attach(pairs[0][1])
+    yield pairs
+    same(model, masters, pairs[1][0])
+    masters.dissolve()
+    assert "zero_grad" not in vars(pairs[0][1])
+
+
+def test_the_optimizer_s_zero_grad_clears_what_waits(both: Any) -> None:
+    for m, o in both:
         feed(m, 0)
         clipped(m, 0.5, False)
         assert "set_to_none" in inspect.signature(o.zero_grad).parameters  # accelerate looks
@@ -255,17 +264,10 @@ def test_the_optimizer_s_zero_grad_clears_what_waits() -> None:
         assert all(p.grad is None for p in m.parameters())
         feed(m, 1)
         o.step()
-    same(model, masters, wide)
-    masters.dissolve()
-    assert "zero_grad" not in vars(optimizers[0])
 
 
-def test_a_step_that_never_comes_does_not_scale_the_next() -> None:
-    model, wide = Model([(4,), (9,)], 0), widened(Model([(4,), (9,)], 0))
-    optimizers = [torch.optim.SGD(m.groups(), lr=0.1) for m in (model, wide)]
-    masters = Masters()
-    masters.attach(optimizers[0])
-    for m, o in zip((model, wide), optimizers, strict=True):
+def test_a_step_that_never_comes_does_not_scale_the_next(both: Any) -> None:
+    for m, o in both:
         feed(m, 0)
         clipped(m, 0.5, False)
         m.zero_grad()  # skipped: the norm was not finite, say
@@ -277,8 +279,6 @@ def test_a_step_that_never_comes_does_not_scale_the_next() -> None:
         feed(m, 3)  # clipped in between
         clipped(m, 0.75, False)
         o.step()
-    same(model, masters, wide)
-    masters.dissolve()
 
 
 @pytest.mark.parametrize("direction", ["to masters", "from masters", "masters to masters"])

@@ -176,7 +176,7 @@ def test_a_parked_state_is_there_while_it_steps() -> None:
     assert here.generating - away.generating == state
     assert (here.peak, away.peak) == ("embedding", "step")  # gradients and state are more than activations are now
     moved = next(term for term in away.terms if term.name == "optimizer state")
-    assert (moved.bytes, moved.resident, moved.at_peak) == (state, "training", True)
+    assert (moved.bytes, moved.resident, moved.peak_bytes) == (state, "training", state)
     assert here.training > away.training
     long = {"completion": 60_000, "batch": 2}
     here, away = make(**long), make(parked=True, **long)

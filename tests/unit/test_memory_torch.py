@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from rlpatch.errors import UsageError  # noqa: E402
 from rlpatch.memory import Engine, Training, describe, from_config, plan_for  # noqa: E402
+from rlpatch.memory import training as training_sizes  # noqa: E402
 from rlpatch.memory.engine import kv_block_bytes  # noqa: E402
 from rlpatch.memory.optimizers import Trainable, optimizer  # noqa: E402
 from rlpatch.memory.training import head_bytes, layer_bytes, measure, quantized_bytes, trainables  # noqa: E402
+from rlpatch.precision import masters  # noqa: E402
 
 COMMON = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, vocab_size=100)
 MODELS: dict[str, dict[str, Any]] = {
@@ -134,6 +136,7 @@ def test_an_optimizer_holds_its_state(name: str, dtype: str) -> None:
         )
     planned = optimizer(name).state_bytes(trainables(shape_of(model), Training(dtype=dtype)))
     assert planned == real
+    assert (masters._stepper(made) is not None) is optimizer(name).pieces and masters.PIECE == training_sizes._PIECE
 
 
 @pytest.mark.parametrize("shape", [(333, 77), (40, 40)])
