@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from rlpatch import registry, versions
+from rlpatch import allocator, registry, versions
 from rlpatch.config import listing
 from rlpatch.config.defaults import NAMES
 from rlpatch.errors import UnsupportedError
@@ -280,6 +280,7 @@ def revert() -> Report:
             _precision().undo_all()
         if _parking():
             _parking().close_all()
+        allocator.collapse()
         notes += _undo(_run)
         _run = None
         listing.clear()

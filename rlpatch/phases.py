@@ -134,6 +134,7 @@ class Colocation:
         compilation: The compile settings of its engine, or None when vLLM was left alone.
         replaced: Tensors whose trained copy (``modules_to_save``) has taken the original's place in the engine.
         memory: What became of the memory plan; None before the engine is built.
+        unexpanded: Why torch's allocator runs without expandable segments (see `rlpatch.allocator`), or None.
     """
 
     context: Context
@@ -158,6 +159,7 @@ class Colocation:
     replaced: tuple[str, ...] = ()
     memory: Decision | None = None
     number: int = 0
+    unexpanded: str | None = None
     compilation: Compilation | None = None
     _rolling: bool = False
     _instead: Adaptation | None = None
@@ -466,6 +468,11 @@ class Colocation:
     @contextlib.contextmanager
     def build(self) -> Iterator[None]:
         """Around the engine's construction: the loader and the constructor's adapter find this pair through `building`."""
+        expand = self.context.providers.get("expandable_segments")
+        if expand is None:
+            self.unexpanded = self.context.reasons.get("expandable_segments") or "switched off"
+        else:
+            self.unexpanded = expand()
         token = _building.set(self)
         try:
             yield
@@ -790,6 +797,7 @@ class Colocation:
                 "kv_blocks": self.standby.blocks.describe() if self.standby.blocks is not None else None,
             },
             "no standby": self.standby_refusal,
+            "no expandable segments": self.unexpanded,
             "compile": self.compilation.describe() if self.compilation is not None else None,
             "memory_plan": self.memory.as_dict() if self.memory is not None else None,
             "agreement": self.agreement.describe(),

@@ -20,9 +20,9 @@ from rlpatch.relies import Relies
 
 
 def _warm_up(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from rlpatch.memory.live import expandable_segments
+    from rlpatch.allocator import expandable
 
-    return wrapped(*args, **kwargs) if expandable_segments() else None
+    return wrapped(*args, **kwargs) if expandable() else None
 
 
 def _patches(context: Context) -> list[Patch]:

@@ -6,12 +6,12 @@ known by ``args.optim`` alone.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rlpatch.allocator import expandable
 from rlpatch.errors import UsageError
 from rlpatch.memory.engine import Engine
 from rlpatch.memory.model import LINEAR, OTHER, ModelShape, Tensor, dtype_name, from_config, width
@@ -121,7 +121,7 @@ def describe(
         head=TILES if head == FULL and _of(args, "use_liger_kernel", False) else head,
         attention=_attention(base.config),
         processes=_of(args, "world_size", 1),
-        expandable_segments=expandable_segments(),
+        expandable_segments=expandable(),
         trainable=trainable,
     )
     fields: dict[str, Any] = dict(
@@ -246,9 +246,3 @@ def _double_quant(base: Any) -> bool:
 def _attention(config: Any) -> str:
     name = str(getattr(config, "_attn_implementation", None) or "sdpa")
     return "flash" if "flash" in name else "eager" if name == "eager" else "sdpa"
-
-
-def expandable_segments() -> bool:
-    """Whether the environment asks torch's allocator for expandable segments."""
-    options = os.environ.get("PYTORCH_ALLOC_CONF", "") + "," + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    return "expandable_segments:true" in options.lower().replace(" ", "")

@@ -68,6 +68,17 @@ def test_addresses_and_policy_over_training(trainer: Any, pair: phases.Colocatio
     assert len(rows) == 4 and max(rows) < 0.1
 
 
+def test_segments_expand_outside_of_the_engine_s_pool(trainer: Any, pair: phases.Colocation) -> None:
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    snapshot = torch.cuda.memory._snapshot()
+    assert pair.unexpanded is None and snapshot["allocator_settings"]["expandable_segments"] is True
+    expandable = [segment for segment in snapshot["segments"] if segment["is_expandable"]]
+    assert sum(segment["total_size"] for segment in expandable) > 256 << 20
+    pool = CuMemAllocator.get_instance().pointer_to_data
+    assert not any(s["address"] <= start < s["address"] + s["total_size"] for s in expandable for start in pool)
+
+
 def test_rollouts_follow_without_any_push(trainer: Any, pair: phases.Colocation) -> None:
     first = greedy(trainer)
     old = trainer.model.lm_head.weight.detach().clone()
