@@ -33,6 +33,7 @@ def apply(
     memory_plan: bool | int | str | None = None,
     one_forward: bool | None = None,
     park_optimizer: bool | str | None = None,
+    expandable_segments: bool | str | None = None,
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str | None = None,
     strict: bool | None = None,
@@ -68,6 +69,10 @@ def apply(
         park_optimizer: The optimizer's state lies in host memory except while it steps: room for activations and for the KV
             cache, at the price of a copy out and one back per step. ``"auto"``: if the memory plan does not fit otherwise.
             None: ``RLPATCH_PARK_OPTIMIZER`` (yes, no or auto), then ``"auto"``.
+        expandable_segments: torch's allocator gives back what is free in its segments instead of whole ones, and grows
+            them: room for long contexts, at the price of some milliseconds a step per GiB of gradients. ``"auto"``: if the
+            memory plan does not fit otherwise. What ``PYTORCH_CUDA_ALLOC_CONF`` says of them wins. None:
+            ``RLPATCH_EXPANDABLE_SEGMENTS`` (yes, no or auto), then ``"auto"``.
         include: Only these capabilities (names as in `status`). None: ``RLPATCH_INCLUDE`` (comma-separated), then all.
         exclude: Never these. None: ``RLPATCH_EXCLUDE``.
         strict: Releases that no adapter serves are an error. None: ``RLPATCH_STRICT``, then False (a warning).
@@ -91,6 +96,7 @@ def apply(
         memory_plan=memory_plan,
         one_forward=one_forward,
         park_optimizer=park_optimizer,
+        expandable_segments=expandable_segments,
         include=include,
         exclude=exclude,
         strict=strict,

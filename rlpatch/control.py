@@ -104,7 +104,7 @@ def apply(**arguments: Any) -> Report:
         limit = None if isinstance(settings.memory_plan, bool) else settings.memory_plan
         context = Context(
             settings.wants("standby"), settings.wants("share_weights"), settings.lora, chosen, settings.precision,
-            settings.compile, limit, settings.park_optimizer,
+            settings.compile, limit, settings.park_optimizer, settings.expandable_segments,
         )  # fmt: skip
         run = _Run(settings, context)
         try:
@@ -317,6 +317,7 @@ def patched(**settings: Any) -> Iterator[Report]:
             "memory_plan",
             "one_forward",
             "park_optimizer",
+            "expandable_segments",
             "include",
             "exclude",
             "strict",

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 from rlpatch.agreement import Agreement
+from rlpatch.allocator import expandable
+from rlpatch.allocator import refusal as allocator_refusal
 from rlpatch.blocks import BlockLimit
 from rlpatch.compilation.build import Compilation
 from rlpatch.compilation.build import decide as decide_compilation
@@ -46,6 +48,7 @@ from rlpatch.memory.budget import Budget, Decision, Release, Room
 from rlpatch.memory.budget import decide as decide_memory
 from rlpatch.memory.engine import CONTEXT
 from rlpatch.registry import Context
+from rlpatch.settings import AUTO
 from rlpatch.sharing.account import rehouse
 from rlpatch.sharing.late import Crowded, free_bytes
 from rlpatch.sharing.share import Renamer, Sharing, Slot, own_storage, trainer_slots
@@ -383,6 +386,10 @@ class Colocation:
         except Exception as error:  # the engine can do without a plan
             reason = f"it failed: {error!r}"
             self.memory = Decision(False, reason, warnings=(f"memory plan: not applied: {reason}",))
+        if self.memory.expanded and self.unexpanded is not None:
+            self._expand()
+        elif self.memory.plan is not None and self.unexpanded is not None and self._expanding() == AUTO:
+            self.unexpanded = "the memory plan does not need them"
         for text in self.memory.warnings:
             logger.warning("rlpatch: %s", text)
         logger.info("rlpatch: %s", self.memory)
@@ -401,7 +408,18 @@ class Colocation:
             return Decision(False, "no device memory to plan on the CPU (apply(memory_plan='8GiB') gives it a size)")
         parks = self.context.providers.get("park_optimizer")
         parking = self.context.park_optimizer if parks is not None and parks(self.budget.trainer) else False
-        return decide_memory(replace(self.budget, parking=parking), arguments, room, release)
+        budget = replace(self.budget, parking=parking, expanding=self._expanding())
+        return decide_memory(budget, arguments, room, release)
+
+    def _expanding(self) -> bool | str:
+        """Whether torch's allocator expands its segments, or may."""
+        there = "expandable_segments" in self.context.providers and allocator_refusal() is None
+        return self.context.expandable_segments if there else False
+
+    def _expand(self) -> None:
+        self.unexpanded = self.context.providers["expandable_segments"]()
+        if self.unexpanded is not None:
+            logger.warning("rlpatch: torch's allocator does not expand its segments: %s", self.unexpanded)
 
     def _place_adapters(self) -> None:
         """The engine is complete: make the policy, or leave the adapters to TRL after all."""
@@ -468,11 +486,11 @@ class Colocation:
     @contextlib.contextmanager
     def build(self) -> Iterator[None]:
         """Around the engine's construction: the loader and the constructor's adapter find this pair through `building`."""
-        expand = self.context.providers.get("expandable_segments")
-        if expand is None:
-            self.unexpanded = self.context.reasons.get("expandable_segments") or "switched off"
-        else:
-            self.unexpanded = expand()
+        self.unexpanded = self.context.reasons.get("expandable_segments") or "switched off"
+        if "expandable_segments" in self.context.providers:
+            self.unexpanded = None if expandable() else "no memory plan asks for them"
+            if self.context.expandable_segments is True:
+                self._expand()
         token = _building.set(self)
         try:
             yield

@@ -83,6 +83,7 @@ class Context:
         precision: Of the trainer's weights (see `rlpatch.apply`).
         compile: How the engine is compiled and warmed up (see `rlpatch.apply`).
         park_optimizer: Whether the optimizer's state waits in host memory between steps: yes, no, or ``"auto"``.
+        expandable_segments: Whether torch's allocator expands its segments: yes, no, or ``"auto"``.
         memory_limit: The most that a memory plan may count on, in bytes; None: all that the device has.
         providers: capability -> the chosen adapter's `provides` (filled as capabilities resolve).
         reasons: capability -> why it has none, in words.
@@ -96,6 +97,7 @@ class Context:
     compile: str = "default"
     memory_limit: int | None = None
     park_optimizer: bool | str = "auto"
+    expandable_segments: bool | str = "auto"
     providers: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 

@@ -32,6 +32,8 @@ class Settings:
             that it may count on.
         park_optimizer: Optimizer state waits in host memory between steps: yes, no, or ``"auto"`` (if the memory plan does
             not fit otherwise).
+        expandable_segments: torch's allocator expands its segments: yes, no, or ``"auto"`` (if the memory plan does not fit
+            otherwise).
         one_forward: The loss takes the log-probs that scoring computed, where both are of the same weights.
         include: Only these capabilities, or None for all.
         exclude: Never these capabilities.
@@ -48,6 +50,7 @@ class Settings:
     memory_plan: bool | int = True
     one_forward: bool = True
     park_optimizer: bool | str = AUTO
+    expandable_segments: bool | str = AUTO
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -63,6 +66,7 @@ class Settings:
             "precision": narrow, "master_weights": narrow, "compile": self.compile != "default",
             "memory_plan": bool(self.memory_plan), "one_forward": self.one_forward,
             "park_optimizer": bool(self.park_optimizer), "load_in_pieces": self.share_weights,
+            "expandable_segments": bool(self.expandable_segments),
         }  # fmt: skip
         return switches.get(capability, True)
 
@@ -97,6 +101,7 @@ def resolve(
     memory_plan: bool | int | str | None = None,
     one_forward: bool | None = None,
     park_optimizer: bool | str | None = None,
+    expandable_segments: bool | str | None = None,
     include: Iterable[str] | str | None,
     exclude: Iterable[str] | str | None,
     strict: bool | None,
@@ -217,6 +222,7 @@ def resolve(
         memory_plan=size_or_flag("memory_plan", memory_plan),
         one_forward=flag("one_forward", one_forward, True),
         park_optimizer=flag_or_auto("park_optimizer", park_optimizer),
+        expandable_segments=flag_or_auto("expandable_segments", expandable_segments),
         include=included,
         exclude=excluded,
         strict=flag("strict", strict, False),

@@ -96,9 +96,9 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--sweep-seconds", type=float, default=1800, metavar="S", help="per variant (default 1800)")
     sweep.add_argument(
         "--sweep-utilization",
-        default="0.3,0.5,0.7,0.9",
         metavar="U,V",
-        help="tried for TRL while rlpatch plans; with colons between lists one for each variant of TRL, or of all",
+        help="tried for TRL while rlpatch plans (default 0.3,0.5,0.7,0.9), or for rlpatch where no variant is TRL; with "
+        "colons between lists one for each variant of TRL, or of all",
     )
 
     sweep.add_argument(
@@ -171,13 +171,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.grow_from is not None and options.grow_from > options.completion_tokens:
         refuse("grow-from", f"more than --completion-tokens {options.completion_tokens}")
     try:
-        tried = [[float(text) for text in split(part)] for part in options.sweep_utilization.split(":")]
+        given = options.sweep_utilization or "0.3,0.5,0.7,0.9"
+        tried = [[float(text) for text in split(part)] for part in given.split(":")]
     except ValueError:
         refuse("sweep-utilization", "numbers with commas between")
     if not all(part and all(0 < u <= 1 for u in part) for part in tried):
         made.error("--sweep-utilization: numbers between 0 and 1")
     plain = [name for name in options.variants if variant_of(name).apply is None]
-    for names in (plain, options.variants):
+    for names in (options.variants,) if options.sweep_utilization and not plain else (plain, options.variants):
         if len(tried) in (1, len(names)):
             tried = tried * len(names) if len(tried) == 1 else tried
             options.sweep_utilization = dict(zip(names, tried, strict=True))

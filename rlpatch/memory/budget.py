@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlpatch.errors import UsageError
 from rlpatch.memory.live import describe
-from rlpatch.memory.planning import FILL, Plan, plan
+from rlpatch.memory.planning import FILL, Plan, first_that_fits, plan
 from rlpatch.memory.sizes import show
 from rlpatch.memory.training import TILES
 
@@ -83,6 +83,7 @@ class Budget:
         masters, residual: See `rlpatch.memory.describe`.
         parking: Whether the optimizer's state waits in host memory between steps; ``"auto"``: if the plan does not fit
             without.
+        expanding: Whether torch's allocator expands its segments, likewise.
         head: See `rlpatch.memory.Training`.
     """
 
@@ -93,6 +94,7 @@ class Budget:
     residual: str | None = None
     head: str = TILES
     parking: bool | str = False
+    expanding: bool | str = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Decision:
         plan: None where none was made.
         arguments: Those of ``LLM`` that follow.
         parked: The optimizer's state is to wait in host memory between steps.
+        expanded: torch's allocator is to expand its segments.
         warnings: To be said once.
     """
 
@@ -114,6 +117,7 @@ class Decision:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     parked: bool = False
+    expanded: bool = False
 
     def __str__(self) -> str:
         made = self.plan
@@ -137,6 +141,7 @@ class Decision:
             "arguments": dict(self.arguments),
             "warnings": list(self.warnings),
             "parked": self.parked,
+            "expanded": self.expanded,
             "kv_cache_memory_bytes": made.kv_cache_memory_bytes,
             "kv_left_bytes": made.kv_left_bytes,
             "kv_sized_by": made.sized_by,
@@ -175,12 +180,7 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
         return Decision(False, f"the KV cache is sized by {sized}")
     given = None if budget.left_alone else arguments.get("gpu_memory_utilization")
     try:
-        made, positions = _plan(budget, arguments, room, release, given, budget.parking is True)
-        parked = budget.parking is True
-        if made.refusal is not None and budget.parking == "auto":
-            other, _ = _plan(budget, arguments, room, release, given, True)
-            if _worth_parking(made, other, room):
-                made, parked = other, True
+        (parked, expanded, positions), made = first_that_fits(_plans(budget, arguments, room, release, given))
     except UsageError as error:
         reason = f"no plan can be made: {error}"
         if budget.left_alone:
@@ -191,7 +191,7 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
     if not budget.left_alone:
         refusal = () if made.refusal is None else (f"{SETTING}={given} was given; by the plan {made.refusal}",)
         warnings = tuple(f"memory plan: {text}" for text in (*made.warnings, *refusal))
-        return Decision(False, f"{SETTING}={given} was given", made, warnings=warnings, parked=parked)
+        return Decision(False, f"{SETTING}={given} was given", made, {}, warnings, parked, expanded)
     warnings = made.warnings
     if made.refusal is not None and made.estimated:  # too little certainty to keep somebody from trying
         warnings = (*warnings, f"by estimate {made.refusal}")
@@ -204,6 +204,8 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
     reason = f"{SETTING} was left alone"
     if parked and budget.parking == "auto":
         reason += "; the optimizer's state waits in host memory between steps, because it would not fit otherwise"
+    if expanded and budget.expanding == "auto":
+        reason += "; torch's allocator expands its segments, because it would not fit otherwise"
     if release.takes_bytes:
         found["kv_cache_memory_bytes"] = made.kv_cache_memory_bytes
     held = made.left_blocks * made.block_size
@@ -214,14 +216,19 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
         reason += (
             f"; max_model_len={min(longest, positions)}, because the KV cache cannot hold the model's longest sequence"
         )
-    return Decision(True, reason, made, found, tuple(f"memory plan: {text}" for text in warnings), parked)
+    return Decision(True, reason, made, found, tuple(f"memory plan: {text}" for text in warnings), parked, expanded)
 
 
-def _worth_parking(without: Plan, parked: Plan, room: Room) -> bool:
-    """Whether parking the optimizer's state mends what does not fit, or brings it nearer, and the host has room for it."""
-    state = sum(term.bytes for term in parked.terms if term.name == "optimizer state")
-    nearer = parked.training < without.training or parked.left_blocks > without.left_blocks
-    return 0 < state <= room.host // 2 and (parked.refusal is None or nearer)
+def _plans(
+    budget: Budget, arguments: Mapping[str, Any], room: Room, release: Release, utilization: float | None
+) -> Iterator[tuple[tuple[bool, bool, int], Plan]]:
+    """What may be done in order to fit (state parked, segments expanded; and the model's positions), and its plan."""
+    for parked in (False, True) if budget.parking == "auto" else (bool(budget.parking),):
+        for expanded in (False, True) if budget.expanding == "auto" else (bool(budget.expanding),):
+            made, positions = _plan(budget, arguments, room, release, utilization, parked, expanded)
+            state = sum(term.bytes for term in made.terms if term.name == "optimizer state")
+            if not parked or budget.parking is True or 0 < state <= room.host // 2:
+                yield (parked, expanded, positions), made
 
 
 def _plan(
@@ -231,6 +238,7 @@ def _plan(
     release: Release,
     utilization: float | None,
     parked: bool,
+    expanded: bool,
 ) -> tuple[Plan, int]:
     """The plan, and the positions that the model was made for."""
     fields = {ours: arguments[name] for name, ours in _FIELDS.items() if arguments.get(name) is not None}
@@ -243,6 +251,7 @@ def _plan(
         masters=budget.masters,
         residual=budget.residual,
         parked=parked,
+        expanded=expanded or None,
         head=budget.head,
         engine_dtype=None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
         engine={

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlpatch.errors import UsageError
 from rlpatch.memory.engine import Engine
 from rlpatch.memory.model import ModelShape, read
-from rlpatch.memory.planning import FILL, GENERATING, TRAINING, Plan, plan
+from rlpatch.memory.planning import FILL, GENERATING, TRAINING, Plan, first_that_fits, plan
 from rlpatch.memory.sizes import parse_device, parse_size, show
 from rlpatch.memory.training import FULL, TILES, Training
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = 1
+_EXPANDED = (
+    "torch's allocator expands its segments, because it would not fit otherwise: some 3 ms a step per GiB of gradients"
+)
 _PARKED = (
     "the optimizer's state waits in host memory between steps, because it would not fit otherwise: one copy out and one "
     "back per step; the host needs twice its size free"
@@ -84,7 +87,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--beta", type=float, default=0.0, help="above 0: a reference model, unless there is a LoRA")
     train.add_argument("--attention", choices=("sdpa", "flash", "eager"), default="sdpa")
     train.add_argument("--full-logits", action="store_true", help="TRL before 1.15 without Liger: all logits at once")
-    train.add_argument("--expandable-segments", action="store_true", help="of PYTORCH_CUDA_ALLOC_CONF")
+    train.add_argument(
+        "--expandable-segments", action=argparse.BooleanOptionalAction,
+        help="of torch's allocator (default: where it does not fit otherwise, with one process)",
+    )  # fmt: skip
     train.add_argument(
         "--processes", type=int, default=1, metavar="N", help="data-parallel GPUs; each holds all of this"
     )
@@ -181,7 +187,6 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
         residual="float32" if options.precision == "masters" else None,
         masters=options.precision == "masters" and not options.lora,
         optim=options.optim,
-        parked=bool(options.park_optimizer),
         batch=batch,
         prompt=options.max_prompt_length,
         completion=256 if completion is None else completion,
@@ -192,7 +197,6 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
         head=FULL if options.full_logits else TILES,
         attention=options.attention,
         processes=options.processes,
-        expandable_segments=options.expandable_segments,
     )  # fmt: skip
     if training.length > model.positions:
         raise UsageError(
@@ -219,12 +223,20 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
         others=0 if options.reserve is None else parse_size(options.reserve, "--reserve"),
         utilization=options.gpu_memory_utilization,
     )
-    made = plan(model, training, engine, device, **sizes)
-    if made.refusal is not None and options.park_optimizer is None:
-        other = replace(training, parked=True)
-        parked = plan(model, other, engine, device, **sizes)
-        if parked.refusal is None:
-            training, made = other, replace(parked, notes=(*parked.notes, _PARKED))
+
+    def plans() -> Iterator[tuple[Training, Plan]]:
+        """As `apply` does."""
+        expandings = (False, True) if training.processes == 1 else (False,)
+        for parked in (False, True) if options.park_optimizer is None else (options.park_optimizer,):
+            for expanded in expandings if options.expandable_segments is None else (options.expandable_segments,):
+                one = replace(training, parked=parked, expandable_segments=expanded)
+                yield one, plan(model, one, engine, device, **sizes)
+
+    training, made = first_that_fits(plans())
+    if training.expandable_segments and options.expandable_segments is None:
+        made = replace(made, notes=(*made.notes, _EXPANDED))
+    if training.parked and options.park_optimizer is None:
+        made = replace(made, notes=(*made.notes, _PARKED))
     made = replace(made, warnings=(*warnings, *made.warnings))
     return model, training, made
 

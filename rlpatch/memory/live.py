@@ -43,6 +43,7 @@ def describe(
     masters: bool = False,
     residual: str | None = None,
     parked: bool = False,
+    expanded: bool | None = None,
     head: str = TILES,
     engine_dtype: str | None = None,
     engine: Mapping[str, Any] | None = None,
@@ -56,6 +57,7 @@ def describe(
         masters: Float32 masters are kept beside shared 16-bit weights.
         residual: dtype that the residual stream is kept in under autocast, if not the model's (see `Training`).
         parked: The optimizer's state waits in host memory between steps.
+        expanded: torch's allocator expands its segments; None: as the environment says.
         head: ``"tiles"`` or ``"full"``, as this TRL computes log-probabilities (see `Training`).
         engine_dtype: vLLM's; None: the trainer's, bfloat16 if that is float32 (vLLM's ``"auto"`` does so).
         engine: Further fields of `Engine` (facts of the release, the KV cache's dtype, …).
@@ -121,7 +123,7 @@ def describe(
         head=TILES if head == FULL and _of(args, "use_liger_kernel", False) else head,
         attention=_attention(base.config),
         processes=_of(args, "world_size", 1),
-        expandable_segments=expandable(),
+        expandable_segments=expandable() if expanded is None else expanded,
         trainable=trainable,
     )
     fields: dict[str, Any] = dict(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from rlpatch.errors import UsageError
 from rlpatch.memory import engine as vllm
@@ -23,6 +24,8 @@ _PINNED = 0.58  # of the memory that gradients and state settle in, while traini
 _FOLD_SHARE, _FOLD_FACTORS = 0.02, 96 * MIB  # rlpatch/lora: what a fold keeps until the unfold, its factors
 _MARGIN_SHARE, _MARGIN_LEAST = 0.01, 256 * MIB
 _STEPS = 10_000  # utilization is given to four digits
+
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -409,6 +412,27 @@ def _cannot_honour(share: float, own: int, fits: int, counted: int, device: int,
         f"gpu_memory_utilization={share:g} cannot be honoured: it asks for a KV cache of {show(own)}, and beside "
         f"{show(generating)} that stay resident {show(fits)} fit. Leave it unset, or set it to {least:g}"
     )
+
+
+def first_that_fits(made: Iterable[tuple[Choice, Plan]]) -> tuple[Choice, Plan]:
+    """Of plans in the order of what they cost a step, the first that fits; if none does, the one with the least missing.
+
+    Args:
+        made: Choice and its plan, one at least; not looked at beyond what fits.
+    """
+    best: tuple[Choice, Plan] | None = None
+    for choice, one in made:
+        if (
+            best is None
+            or one.refusal is None
+            or one.training < best[1].training
+            or one.left_blocks > best[1].left_blocks
+        ):
+            best = choice, one
+        if one.refusal is None:
+            break
+    assert best is not None
+    return best
 
 
 # ---- when it does not fit --------------------------------------------------------------------------------------------

@@ -249,3 +249,43 @@ def test_where_there_is_no_plan_status_says_why(
     trainer = build(engine={"kv_cache_memory_bytes": 16 << 20})
     assert not planned()["applied"] and why in planned()["reason"]
     assert cache_of(trainer).kv_cache_memory_bytes == 16 << 20
+
+
+@pytest.mark.parametrize("setting", [True, "auto", False])
+def test_segments_expand_before_the_engine_is_built(
+    build: Build, setting: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CPU has no such allocator; that it is asked, and when, can be seen."""
+    asked: list[bool] = []
+
+    def expand() -> None:
+        asked.append(phases.building() is None and not phases.live())
+
+    planned_with: list[Any] = []
+    decide = phases.decide_memory
+
+    def decided(budget: Any, *args: Any) -> Any:
+        planned_with.append(budget.expanding)
+        return decide(budget, *args)
+
+    apply = rlpatch.apply
+
+    def applied(**settings: Any) -> Any:
+        report = apply(**settings, expandable_segments=setting)
+        if setting:
+            context = rlpatch.control.context()
+            context.reasons.pop("expandable_segments")
+            context.providers["expandable_segments"] = expand
+        return report
+
+    monkeypatch.setattr(rlpatch, "apply", applied)
+    monkeypatch.setattr(phases, "decide_memory", decided)
+    build()
+    (pair,) = rlpatch.status().pairs
+    assert planned_with == [setting]
+    if setting is True:
+        assert asked[0] and pair["no expandable segments"] is None
+    else:
+        assert not asked
+        why = "the memory plan does not need them" if setting == "auto" else "switched off"
+        assert pair["no expandable segments"] == why

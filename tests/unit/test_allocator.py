@@ -96,7 +96,7 @@ def test_on_by_the_environment_stays_on(played: Played, monkeypatch: pytest.Monk
 def test_a_platform_without_them_is_as_it_was(played: Played) -> None:
     played.offered = False
     found = allocator.expand()
-    assert found is not None and "platform" in found
+    assert found == "torch does not take them"
     assert CONF not in os.environ and played.options == "expandable_segments:False"
 
 
@@ -108,3 +108,10 @@ def test_a_failing_setter_is_told_and_stops_nothing(played: Played, monkeypatch:
         broken.setattr(torch._C, "_accelerator_setAllocatorSettings", refuse)
         found = allocator.expand()
     assert found is not None and "no such option" in found and CONF not in os.environ
+
+
+def test_other_platforms_are_not_asked(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert allocator.refusal() is None
+    monkeypatch.setattr(allocator.sys, "platform", "win32")
+    found = allocator.expand()
+    assert found == allocator.refusal() == "torch does not offer them on win32" and played.options == ""

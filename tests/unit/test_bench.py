@@ -90,6 +90,8 @@ def test_utilizations_are_tried_for_variants_of_trl() -> None:
     }  # fmt: skip
     assert command.parse(["--variants", "rlpatch,trl"]).sweep_utilization == {"trl": [0.3, 0.5, 0.7, 0.9]}
     assert command.parse(["--variants", "rlpatch"]).sweep_utilization == {}
+    alone = command.parse(["--variants", "rlpatch", "--sweep-utilization", "0.75"]).sweep_utilization
+    assert alone == {"rlpatch": [0.75]}
     chosen = command.parse(["--variants", "rlpatch,trl", "--sweep-utilization", "0.7:0.3,0.4"]).sweep_utilization
     assert chosen == {"rlpatch": [0.7], "trl": [0.3, 0.4]}
 

@@ -304,3 +304,33 @@ def test_the_optimizer_s_state_is_parked_where_the_plan_does_not_fit_otherwise()
     assert given.parked and not given.applied  # the utilization is the script's, the training is the same
     small = parking("auto", total=40 * GIB)
     assert small.parked and small.plan is not None and small.plan.refusal is not None  # nearer, at least
+
+
+def test_segments_are_expanded_where_the_plan_does_not_fit_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def expanding(expand: bool | str, length: int, park: bool | str = False, left_alone: bool = True) -> Decision:
+        long = {"per_device_train_batch_size": 2, "max_completion_length": length, "gradient_checkpointing": True}
+        made = replace(budget(left_alone, **long), expanding=expand, parking=park)
+        return decided(made, Room(80 * GIB, host=100 * GIB), max_num_seqs=2)
+
+    def longest(expand: bool) -> int:
+        found = expanding(expand, 4096)
+        assert found.plan is not None
+        return found.plan.training_context - 1024
+
+    length = (longest(False) + longest(True)) // 2
+    without, auto, always = expanding(False, length), expanding("auto", length), expanding(True, length)
+    assert without.warnings and not without.expanded
+    assert auto.expanded and auto.plan == always.plan and auto.plan is not None and auto.plan.refusal is None
+    assert "expands its segments, because it would not fit otherwise" in auto.reason
+    assert "expands" not in always.reason and auto.as_dict()["expanded"] is True
+    assert not expanding("auto", 256).expanded
+    given = expanding("auto", length, left_alone=False)
+    assert given.expanded and not given.applied  # the utilization is the script's, the training is the same
+
+    # of what may be done, what costs least; both where one alone is not enough
+    assert not expanding("auto", length, park="auto").parked
+    parked = expanding("auto", longest(True) + 2048, park="auto")
+    assert parked.parked and not parked.expanded
+
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert expanding(False, length).plan == always.plan  # as the environment says

@@ -57,13 +57,25 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_optimizer_s_state_is_parked_where_it_does_not_fit_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
     """As `apply` does."""
     long = ("--model", "4b", "--lora", "0", "--attention", "flash", "--max-length", "78000")
+    long = (*long, "--no-expandable-segments")
     here, auto = document(capsys, *long, "--no-park-optimizer"), document(capsys, *long)
     assert here["refusal"] and auto["refusal"] is None and "waits in host memory" in auto["notes"][-1]
     assert auto["training"] < 80 << 30 < here["training"] and auto == {
         **document(capsys, *long, "--park-optimizer"), "notes": auto["notes"]
     }  # fmt: skip
-    hopeless = document(capsys, *long, "--batch", "4")
-    assert hopeless["refusal"] and not any("waits" in note for note in hopeless["notes"])
+    long = (*long, "--batch", "4")
+    hopeless, here = document(capsys, *long), document(capsys, *long, "--no-park-optimizer")
+    assert hopeless["refusal"] and hopeless["training"] < here["training"]  # nearer, at least
+
+
+def test_segments_are_expanded_where_it_does_not_fit_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    long = ("--attention", "flash", "--max-length", "49000")
+    here, auto = document(capsys, *long, "--no-expandable-segments"), document(capsys, *long)
+    assert here["refusal"] and auto["refusal"] is None and "expands its segments" in auto["notes"][-1]
+    assert auto == {**document(capsys, *long, "--expandable-segments"), "notes": auto["notes"]}
+    assert document(capsys, *long, "--processes", "2")["refusal"]  # not tried there
+    short = document(capsys)
+    assert short == document(capsys, "--no-expandable-segments", "--no-park-optimizer")
 
 
 def test_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

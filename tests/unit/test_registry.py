@@ -189,6 +189,7 @@ def test_what_is_off_until_asked_for_says_so() -> None:
         assert report["park_optimizer"].reason == report["compile"].reason == "switched off"
 
 
+@pytest.mark.parametrize("name", ["park_optimizer", "expandable_segments"])
 @pytest.mark.parametrize(
     ("given", "variable", "found"),
     [
@@ -196,19 +197,21 @@ def test_what_is_off_until_asked_for_says_so() -> None:
         (False, "1", False),
     ],
 )  # fmt: skip
-def test_parking_is_yes_no_or_auto(given: Any, variable: Any, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_yes_no_or_auto(name: str, given: Any, variable: Any, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if variable is not None:
-        monkeypatch.setenv("RLPATCH_PARK_OPTIMIZER", variable)
-    with rlpatch.patched(park_optimizer=given):
+        monkeypatch.setenv(f"RLPATCH_{name.upper()}", variable)
+    with rlpatch.patched(**{name: given}) as report:
         context = control.context()
-        assert context is not None and context.park_optimizer == found
+        assert context is not None and getattr(context, name) == found
+        assert ((report[name].reason or "") == "switched off") is (found is False)
 
 
-def test_parking_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"park_optimizer='often'.*expected True, False, 'auto' or None"):
-        rlpatch.apply(park_optimizer="often")
-    monkeypatch.setenv("RLPATCH_PARK_OPTIMIZER", "often")
-    with pytest.raises(UsageError, match="RLPATCH_PARK_OPTIMIZER"):
+@pytest.mark.parametrize("name", ["park_optimizer", "expandable_segments"])
+def test_nothing_else_than_yes_no_or_auto(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=rf"{name}='often'.*expected True, False, 'auto' or None"):
+        rlpatch.apply(**{name: "often"})
+    monkeypatch.setenv(f"RLPATCH_{name.upper()}", "often")
+    with pytest.raises(UsageError, match=f"RLPATCH_{name.upper()}"):
         rlpatch.apply()
 
 

@@ -180,6 +180,10 @@ CLAIMS = (
           has=("with self._maybe_get_memory_pool_context(tag='weights'):",)),
     Claim("compat_matrix", ">=0.17", WORKER, "Worker.load_model",
           has=("with self._maybe_get_memory_pool_context(tag='weights'), set_current_vllm_config(",)),
+    # ---- expandable_segments ----
+    Claim("expandable_segments_v0_9", "<0.20.1", CUMEM, "CuMemAllocator.use_memory_pool",
+          lacks=("expandable_was_enabled",)),
+    Claim("expandable_segments_v0_9", ">=0.20.1", CUMEM, "CuMemAllocator.use_memory_pool", has=("expandable_was_enabled",)),
     # ---- allocator_options ----
     Claim("allocator_v0_9", "<0.20.1", CUMEM, "CuMemAllocator.use_memory_pool", lacks=("_set_allocator_settings",)),
     Claim("allocator_v0_9", ">=0.20.1,<0.31", CUMEM, "CuMemAllocator.use_memory_pool",
