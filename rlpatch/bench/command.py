@@ -75,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each variant: A B C, C B A, …")
 
+    size.add_argument(
+        "--profile", action="store_true", help="one step more: what the device does in it, phase by phase"
+    )
     size.add_argument("--check-base", action="store_true", help="count frozen weights that training changed")
     engine = made.add_argument_group("engine and device")
     engine.add_argument("--kv-gib", type=float, metavar="G", help="KV cache of this size in every variant")
@@ -299,6 +302,7 @@ def job_from(options: argparse.Namespace, model: str) -> BenchJob:
         random_weights=options.random_weights,
         learning_rate=options.learning_rate,
         check_base=options.check_base,
+        profile=options.profile,
         gradient_checkpointing=options.gradient_checkpointing,
         emulate_gib=options.emulate_gib,
     )

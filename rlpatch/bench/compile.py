@@ -57,7 +57,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", default="256,2048", metavar="N,M", help="completion tokens; 0: no rollouts")
     made.add_argument("--prompt-tokens", type=int, default=64, metavar="N")
     made.add_argument("--max-num-seqs", type=int, metavar="N", help="the engine's (default: the most of --sequences)")
-    made.add_argument("--rollouts", type=int, default=2, metavar="N", help="of each size; their median counts")
+    made.add_argument(
+        "--rollouts",
+        type=int,
+        default=2,
+        metavar="N",
+        help="of each size, in the warm process if there is one; their median counts",
+    )
     made.add_argument("--utilization", type=float, default=0.5, metavar="U", help="gpu_memory_utilization")
     made.add_argument("--kv-gib", type=float, metavar="G", help="KV cache of this size (the CPU's default: 1/16)")
     made.add_argument(
@@ -178,7 +184,12 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
                 runner.prepare(environments, f"importing in {len(environments)} processes")
             for state in states:
                 run = runner.run(
-                    replace(job, variant=name.replace("+", ","), caches=str(caches)),
+                    replace(
+                        job,
+                        variant=name.replace("+", ","),
+                        caches=str(caches),
+                        rollouts=0 if state != states[-1] else job.rollouts,
+                    ),
                     f"[{number}/{len(turns)}] {name} {state}",
                 )
                 document["settings"][name][state].append(run)

@@ -157,6 +157,9 @@ def table(document: dict[str, Any]) -> str:
     ]
     lines = [*head, *([render(["", *found], rows)] if any(summaries.values()) else [])]
     for name, variant in found.items():
+        made = [run["result"]["profile"] for run in variant["runs"] if (run.get("result") or {}).get("profile")]
+        lines += profile_lines(name, made[-1]) if made else []
+    for name, variant in found.items():
         for run in variant["runs"]:
             if "skipped" in run:
                 lines.append(f"{name} skipped: {run['skipped']}")
@@ -166,6 +169,37 @@ def table(document: dict[str, Any]) -> str:
                     *(f"    {line[:160]}" for line in run["log"][-12:]),
                 ]
     return "\n".join(lines)
+
+
+def profile_lines(name: str, made: dict[str, Any]) -> list[str]:
+    """What the device did in a profiled step (`rlpatch.bench.step_profile`), as text; milliseconds."""
+    phases = sorted(made["phases"].items(), key=lambda one: -one[1]["seconds"])
+    total: dict[str, float] = {}
+    for _, found in phases:
+        for kind, seconds in found["kinds"].items():
+            total[kind] = total.get(kind, 0.0) + seconds
+    kinds = sorted((kind for kind in total if total[kind] > 0.002 * made["seconds"]), key=lambda kind: -total[kind])
+    rows = [
+        [phase, *(f"{1e3 * value:,.1f}" for value in (
+            found["seconds"], found["busy"], *(found["kinds"].get(kind, 0.0) for kind in kinds)
+        ))] for phase, found in phases if found["seconds"] > 1e-4
+    ]  # fmt: skip
+    title = f"{name}, a step of {1e3 * made['seconds']:,.0f} ms, milliseconds:"
+    lines = [title, render(["", "all", "device", *kinds], rows)]
+    generate = made["phases"].get("generate")
+    if generate is None:
+        return lines
+    each = 1e3 / made["decode_steps"]
+    text = f"a decode step: {each * generate['seconds']:.2f} ms, the device at work for {each * generate['busy']:.2f}"
+    if made["weights"] and made["read_bandwidth"]:
+        least = 1e3 * made["weights"] / made["read_bandwidth"]
+        speed = f"{made['read_bandwidth'] / 1e12:.2f} TB/s"
+        text += f"; reading {gib(made['weights'])} of weights at {speed} takes {least:.2f}"
+    each_kernel = [
+        f"  {each * one['seconds']:8.3f} ms, {one['count'] / made['decode_steps']:6.1f} ×  {one['name']}"
+        for one in generate["kernels"]
+    ]
+    return [*lines, text, *each_kernel]
 
 
 def _fate(variant: dict[str, Any]) -> str:

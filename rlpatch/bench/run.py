@@ -139,6 +139,7 @@ class BenchJob:
         emulate_gib: The card's seeming size; a ballast process holds the rest.
         interval: Seconds between samples of memory.
         check_base: Compare every frozen weight before and after the training, element by element.
+        profile: One step more, under torch's profiler (`rlpatch.bench.step_profile`), in no other figure.
         output: The trainer's output folder, or None for one under the system's temporary folder.
     """
 
@@ -166,6 +167,7 @@ class BenchJob:
     emulate_gib: float | None = None
     interval: float = 0.01
     check_base: bool = False
+    profile: bool = False
     output: str | None = None
 
 
@@ -207,6 +209,8 @@ class BenchRun:
         self.engine_cached: int | None = None
         self.load: dict[str, int] = {}
         self.resident: dict[str, int] | None = None
+        self.profiler: Any = None
+        self.profile: dict[str, Any] | None = None
         self.trainer: Any = None
 
     # ---- before ------------------------------------------------------------------------------------------------
@@ -289,6 +293,10 @@ class BenchRun:
             (policy_module.__name__, "SlotPolicy.put", self._as_phase("put")),
             ("torch.cuda", "empty_cache", self._empty_cache),
         ])  # fmt: skip
+        if self.job.profile:
+            from rlpatch.bench.step_profile import PARTS
+
+            self._patches("profile clock", [(module, path, self._as_part(name)) for name, module, path in PARTS])
 
     @staticmethod
     def _patches(name: str, targets: list[tuple[str, str, Any]]) -> None:
@@ -301,6 +309,15 @@ class BenchRun:
     def _as_phase(self, name: str) -> Any:
         def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with self.clock.phase(name):
+                return wrapped(*args, **kwargs)
+
+        return wrapper
+
+    def _as_part(self, name: str) -> Any:
+        """A phase in the profiled step alone, so that the others are timed as ever."""
+
+        def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with self.clock.phase(name) if self.profiler is not None else contextlib.nullcontext():
                 return wrapped(*args, **kwargs)
 
         return wrapper
@@ -515,7 +532,7 @@ class BenchRun:
             generation_kwargs={"ignore_eos": True},
             learning_rate=job.learning_rate,
             lr_scheduler_type="constant",
-            max_steps=job.steps,
+            max_steps=job.steps + job.profile,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
@@ -576,15 +593,32 @@ class BenchRun:
                 self.began = time.perf_counter()
                 self.tokens = run.tokens
 
+            def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+                if run.profiler is not None:  # schedulers wrap the optimizer's step past whoever wrapped it before
+                    self.stepping = run.clock.phase("optimizer")
+                    self.stepping.__enter__()
+
+            def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+                if run.profiler is not None:
+                    self.stepping.__exit__(None, None, None)
+
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 run.synchronize()
                 now = time.perf_counter()
+                if run.profiler is not None:
+                    run.profile = run.profiled(self.began, now)
+                    return
                 run.rows.append(run.row(now - self.began, run.tokens - self.tokens))
                 run.spans.append((self.began, now))
                 peak = max((used for moment, used in run.watch.samples if moment >= self.began), default=None)
                 row = {"seconds": now - self.began, "generated": run.rows[-1]["tokens"], "memory_peak": peak}
                 run.emit("progress", {"step": len(run.rows), **row})
                 run.clock.step += 1
+                if run.job.profile and len(run.rows) == run.job.steps:
+                    from rlpatch.bench.step_profile import StepProfile
+
+                    run.profiler = StepProfile(run.synchronize)
+                    now = time.perf_counter()
                 self.began, self.tokens = now, run.tokens
 
             def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
@@ -604,6 +638,23 @@ class BenchRun:
             "tokens_per_second": tokens / seconds["generate"] if seconds["generate"] else None,
             "collector": self.collector.of(self.clock.step),
             "after_release": self.after_release,
+        }
+
+    def profiled(self, begin: float, end: float) -> dict[str, Any]:
+        """Where the time of the profiled step went, and what reading the weights once would take of a decode step."""
+        from rlpatch.bench.step_profile import by_phase, read_bandwidth
+
+        events = self.profiler.events()
+        model = self.trainer.model
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        unread = 0 if head is embedding else embedding.numel() * head.element_size()  # a few rows of it are
+        engine = (self.resident or {}).get("engine")
+        intervals = [one for one in self.clock.intervals if one.step == self.clock.step]
+        return {
+            **by_phase(events, intervals, begin, end),
+            "decode_steps": self.job.rollout_tokens or self.job.completion_tokens,
+            "weights": engine - unread if engine else None,
+            "read_bandwidth": read_bandwidth(),
         }
 
     def _frozen(self) -> dict[str, Any]:
@@ -676,6 +727,7 @@ class BenchRun:
                 "steps": [[round(begin - origin, 4), round(end - origin, 4)] for begin, end in self.spans],
                 "warmup": self.job.warmup,
             },
+            "profile": self.profile,
             "status": status,
         }
 

@@ -76,7 +76,7 @@ class StartJob(BenchJob):
         sequences: Sequences per rollout, each measured.
         lengths: Completion tokens per sequence, each measured; none: the start alone is.
         max_num_seqs: The engine's, as a trainer's batch would set it.
-        rollouts: Rollouts of each size; the median counts.
+        rollouts: Rollouts of each size; the median counts. 0: none, though the engine is made for `lengths`.
         heap: So many objects that the garbage collector walks are alive before, as in a trainer's process.
     """
 
@@ -226,7 +226,7 @@ class Start:
 
         first, greedy = roll(2, GREEDY, 0.0)  # pays for kernels that nobody warmed up
         sizes = []
-        for count in job.sequences:
+        for count in job.sequences if job.rollouts else ():
             for length in job.lengths:
                 self.emit("stage", f"{count} × {length} tokens")
                 roll(count, min(length, GREEDY), 1.0)

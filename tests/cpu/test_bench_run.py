@@ -17,11 +17,11 @@ def test_bench_on_the_tiny_shape(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "rlpatch", "bench", "--shape", "tiny", "--variants", "trl,trl-sleep,rlpatch",
         "--steps", "3", "--warmup", "1", "--prompt-tokens", "8", "--completion-tokens", "16", "--kv-gib", "0.125",
-        "--eager", "--models", str(tmp_path / "models"), "--out", str(tmp_path), "--name", "run",
+        "--eager", "--models", str(tmp_path / "models"), "--out", str(tmp_path), "--name", "run", "--profile",
     ]  # fmt: skip
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "step, × trl" in answer.stdout
+    assert "step, × trl" in answer.stdout and "a decode step: " in answer.stdout
     document = json.loads((tmp_path / "run.json").read_text())
     assert document["schema"] == 1 and document["versions"]["vllm"] and document["device"]["name"] == "CPU"
     variants = document["variants"]
@@ -38,6 +38,14 @@ def test_bench_on_the_tiny_shape(tmp_path: Path) -> None:
             assert step["metrics"]["logp_difference"] < 2e-6
             assert step["metrics"]["grad_norm"] > 0
         assert {"sync", "generate", "train"} <= set(result["memory"]["by_phase"])
+        profile = result["profile"]  # of a fourth step
+        phases = profile["phases"]
+        parts = {"generate", "log-probs", "backward", "clipping", "optimizer", "rewards", "logging"}
+        assert parts <= set(phases) and profile["decode_steps"] == 16
+        assert sum(found["seconds"] for found in phases.values()) == pytest.approx(profile["seconds"])
+        for name in ("generate", "log-probs", "backward"):
+            assert 0 < phases[name]["busy"] <= phases[name]["seconds"] and phases[name]["kernels"], name
+        assert any("mm" in one["name"] for one in phases["backward"]["kernels"])
         assert len(result["timeline"]["seconds"]) <= 2000
     trl, ours = (variants[name]["runs"][0]["result"] for name in ("trl", "rlpatch"))
     assert all(step["seconds"]["release"] > 0 and step["seconds"]["restore"] > 0 for step in ours["steps"])

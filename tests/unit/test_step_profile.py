@@ -1,0 +1,60 @@
+"""What a profiled step says, from made-up kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlpatch.bench.memory_watch import Interval
+from rlpatch.bench.report import profile_lines
+from rlpatch.bench.step_profile import KINDS, OTHER, Event, busy, by_phase, kind_of
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64", "matrix products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16>", "matrix products"),
+        ("void flash::FlashAttnFwdSm90<...>", "attention"),
+        ("void vllm::reshape_and_cache_flash_kernel<...>", "attention"),
+        ("void vllm::fused_add_rms_norm_kernel<c10::BFloat16, 8>", "norms, rotary, activations"),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", OTHER),
+        ("void at::native::cunn_SoftMaxForward<...>", "sampling, log-probs"),
+        ("Memcpy DtoH (Device -> Pinned)", "copies"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+    ],
+)
+def test_kinds(kernel: str, kind: str) -> None:
+    assert kind_of(kernel) == kind and kind in {*dict(KINDS), OTHER}
+
+
+def test_what_runs_at_once_counts_once() -> None:
+    assert busy([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4
+    assert busy([]) == 0
+
+
+def test_kernels_belong_to_the_innermost_phase_in_which_they_start() -> None:
+    intervals = [
+        Interval("restore", 10.5, 11, 0.5, 1, 3), Interval("generate", 11, 14, 3, 1, 3),
+        Interval("rollout", 10, 15, 1.5, 0, 3), Interval("backward", 16, 18, 2, 0, 3),
+    ]  # fmt: skip
+    events = [
+        Event("before gemm", 9.0, 9.5), Event("gemm", 11.5, 12), Event("gemm", 12, 13), Event("flash", 12.5, 13.5),
+        Event("Memcpy HtoD", 14.5, 14.6), Event("gemm", 16.5, 18.2), Event("adam", 19, 19.5), Event("after", 20, 21),
+    ]  # fmt: skip
+    made = by_phase(events, intervals, 10, 20)
+    phases = made["phases"]
+    assert {name: found["seconds"] for name, found in phases.items()} == pytest.approx(
+        {"restore": 0.5, "generate": 3, "rollout": 1.5, "backward": 2, "train": 3}
+    )
+    assert phases["generate"]["busy"] == 2 and phases["generate"]["kinds"] == {"matrix products": 1.5, "attention": 1}
+    assert phases["generate"]["kernels"][0] == {"name": "gemm", "kind": "matrix products", "seconds": 1.5, "count": 2}
+    assert phases["rollout"]["kinds"] == {"copies": pytest.approx(0.1)}
+    assert phases["train"]["kinds"] == {"optimizer": 0.5} and phases["restore"]["busy"] == 0
+
+    text = "\n".join(
+        profile_lines("trl", {**made, "decode_steps": 2, "weights": 3 << 30, "read_bandwidth": float(3 << 40)})
+    )
+    assert "a step of 10,000 ms" in text
+    assert "a decode step: 1500.00 ms, the device at work for 1000.00; reading 3.00 GiB of weights at 3.30 TB/s" in text
+    assert "takes 0.98" in text and "750.000 ms,    1.0 ×  gemm" in text
