@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from rlpatch.allocator import expandable
 from rlpatch.settings import Settings
 
 PHASES = ("sync", "empty cache", "put", "restore", "generate", "release", "take out", "rollout", "train")
@@ -347,7 +348,8 @@ class BenchRun:
             "block_size": size,
             "tokens": blocks * size if blocks and size else None,
         }
-        self.emit("engine", {"seconds": self.seconds["engine_start"], **self.kv})
+        facts = {"seconds": self.seconds["engine_start"], "expandable_segments": expandable()}
+        self.emit("engine", {**facts, **self.kv})
         return result
 
     def _load(self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

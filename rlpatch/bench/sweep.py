@@ -263,6 +263,9 @@ def sweep_table(document: dict[str, Any]) -> str:
     if document["sweep"].get("rollout"):
         rows.append(["tokens generated, then repeated", *(str(document["sweep"]["rollout"]) for _ in found)])
     rows.append(["KV tokens there", *(figure((f["kv"] or {}).get("tokens"), ",d") for f in found.values())])
+    expanding = [(f["kv"] or {}).get("expandable_segments") for f in found.values()]
+    if any(expanding):
+        rows.append(["expandable segments", *("–" if one is None else "yes" if one else "no" for one in expanding)])
     rows.append(["trials", *(str(len(f["attempts"])) for f in found.values())])
     rows.append(["search finished", *("yes" if f["complete"] else "no" for f in found.values())])
     lines = [render(["", *found], rows)]
