@@ -142,6 +142,8 @@ def _recorded(profiler: Any, cuda: bool) -> list[Event]:
     """On the profiler's clock; operators only if no other begins inside of them."""
     threads: dict[int, list[Event]] = {}
     for event in profiler.profiler.kineto_results.events():
+        if event.is_user_annotation():  # a span around kernels, such as an optimizer's step
+            continue
         on_device = "CUDA" in str(event.device_type())
         if on_device == cuda and (cuda or (event.name().startswith("aten::") and not _VIEWS.search(event.name()))):
             start = event.start_ns() / 1e9
