@@ -76,34 +76,37 @@ def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
     state = vars(trainer)
     kept = state.pop(_KEPT, None) if torch.is_grad_enabled() else None
-    if any(isinstance(value, (torch.Tensor, list, tuple)) for value in kwargs.values()):  # images
+    # model, ids, mask, length; some releases pass more by position than others
+    given = list(inspect.signature(wrapped).bind(*args, **kwargs).arguments.values())
+    scored, others = given[:4], given[4:]
+    if any(isinstance(value, (torch.Tensor, list, tuple)) for value in others):  # images
         del kept
         return wrapped(*args, **kwargs)
     if torch.is_grad_enabled():
-        rows = _rows(kept, args) if kept is not None else None
+        rows = _rows(kept, scored) if kept is not None else None
         if kept is not None and rows is not None:
             return tuple(x[rows] if isinstance(x, torch.Tensor) and x.dim() else x for x in kept[-1])
         del kept  # its graph is as large as the one that comes
         return wrapped(*args, **kwargs)
     # The policy's own comes first; a reference made of the same model with its adapters switched off comes later.
-    if not state.get(_ARMED) or len(args) != 4 or args[0] is not trainer.model:
+    armed, state[_ARMED] = state.get(_ARMED), False
+    if not armed or scored[0] is not trainer.model:
         return wrapped(*args, **kwargs)
-    state[_ARMED] = False
     kwargs = {**kwargs, "compute_entropy": True}
     if "compute_aux_loss" in inspect.signature(wrapped).parameters:
         kwargs["compute_aux_loss"] = trainer.aux_loss_enabled
     with torch.enable_grad(), trainer.compute_loss_context_manager(), _checkpointing(trainer):
         found = wrapped(*args, **kwargs)
-    state[_KEPT] = (*args, found)
+    state[_KEPT] = (*scored, found)
     return (found[0].detach(), *(None for _ in found[1:]))
 
 
-def _rows(kept: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+def _rows(kept: tuple[Any, ...], scored: list[Any]) -> Any:
     """Which rows of what was scored the loss asks for, or None: it asks for something else."""
     model, ids, mask, length, _ = kept
-    if len(args) != 4 or args[0] is not model or args[1].shape != ids.shape or args[3] != length:
+    if scored[0] is not model or scored[1].shape != ids.shape or scored[3] != length:
         return None
-    same = ((ids[None] == args[1][:, None]) & (mask[None] == args[2][:, None])).all(-1)
+    same = ((ids[None] == scored[1][:, None]) & (mask[None] == scored[2][:, None])).all(-1)
     return same.int().argmax(1) if bool(same.any(1).all()) else None
 
 

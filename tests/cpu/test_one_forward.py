@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,7 +102,42 @@ def test_what_was_kept_goes_where_images_come() -> None:
     class Trainer:
         pass
 
+    def logps(model: Any, ids: Any, mask: Any, length: int, batch_size: Any = None, pixel_values: Any = None) -> str:
+        return "wrapped"
+
     trainer = Trainer()
     vars(trainer)[_KEPT] = object()
-    assert _logps(lambda *_, **__: "wrapped", trainer, (), {"pixel_values": torch.ones(1)}) == "wrapped"
+    scored = (trainer, torch.ones(1), torch.ones(1), 1)
+    assert _logps(logps, trainer, scored, {"pixel_values": torch.ones(1)}) == "wrapped"
     assert _KEPT not in vars(trainer)
+
+
+@pytest.mark.parametrize("positional", [4, 5])
+def test_only_the_policy_s_own_log_probs_are_kept(positional: int) -> None:
+    """TRL 1.8 gives the batch size by position, 1.16 by name; a reference made of the same model comes after the policy."""
+    from rlpatch.adapters.trl.one_forward_v0_23 import _ARMED, _KEPT, _logps
+
+    policy = torch.ones(2, requires_grad=True)
+
+    def logps(
+        model: Any, ids: Any, mask: Any, length: int, batch_size: Any = None, compute_entropy: bool = False
+    ) -> tuple[Any, Any]:
+        return (policy * ids.sum(), None) if model.adapters else (torch.zeros(2), None)
+
+    model = SimpleNamespace(adapters=True, is_gradient_checkpointing=False)
+    trainer = SimpleNamespace(
+        model=model,
+        args=SimpleNamespace(gradient_checkpointing=False),
+        compute_loss_context_manager=contextlib.nullcontext,
+    )
+    vars(trainer)[_ARMED] = True
+    given = (model, torch.ones(2, 3), torch.ones(2, 3), 3, 2)
+    call = (given[:positional], {} if positional == 5 else {"batch_size": 2})
+    with torch.no_grad():
+        assert not _logps(logps, trainer, *call)[0].requires_grad
+        model.adapters = False
+        assert not _logps(logps, trainer, *call)[0].any()
+        model.adapters = True
+    assert _KEPT in vars(trainer)
+    found, _ = _logps(logps, trainer, given[:4], {"compute_entropy": True})
+    assert found.requires_grad and found.tolist() == [6, 6] and _KEPT not in vars(trainer)
