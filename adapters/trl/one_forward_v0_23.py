@@ -89,8 +89,10 @@ def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
         del kept  # its graph is as large as the one that comes
         return wrapped(*args, **kwargs)
     # The policy's own comes first; a reference made of the same model with its adapters switched off comes later.
-    armed, state[_ARMED] = state.get(_ARMED), False
-    if not armed or scored[0] is not trainer.model:
+    if not state.get(_ARMED):
+        return wrapped(*args, **kwargs)
+    state[_ARMED] = False
+    if scored[0] is not trainer.model:
         return wrapped(*args, **kwargs)
     kwargs = {**kwargs, "compute_entropy": True}
     if "compute_aux_loss" in inspect.signature(wrapped).parameters:
