@@ -48,7 +48,6 @@ from rlpatch.memory.budget import Budget, Decision, Release, Room
 from rlpatch.memory.budget import decide as decide_memory
 from rlpatch.memory.engine import CONTEXT
 from rlpatch.registry import Context
-from rlpatch.settings import AUTO
 from rlpatch.sharing.account import rehouse
 from rlpatch.sharing.late import Crowded, free_bytes
 from rlpatch.sharing.share import Renamer, Sharing, Slot, own_storage, trainer_slots
@@ -388,7 +387,7 @@ class Colocation:
             self.memory = Decision(False, reason, warnings=(f"memory plan: not applied: {reason}",))
         if self.memory.expanded and self.unexpanded is not None:
             self._expand()
-        elif self.memory.plan is not None and self.unexpanded is not None and self._expanding() == AUTO:
+        elif self.memory.plan is not None and self.unexpanded is not None and self._expanding() == "auto":
             self.unexpanded = "the memory plan does not need them"
         for text in self.memory.warnings:
             logger.warning("rlpatch: %s", text)

@@ -453,9 +453,9 @@ _REMEDIES = {
     "LM head and log-probabilities": "a smaller per_device_train_batch_size, or TRL from 1.15, which tiles the logits",
     "autocast copies": "16-bit weights",
     "optimizer's workspace": "optim='adamw_torch_fused'",
-    "pinned between steps": "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
-    "torn blocks": "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
-    "pinned by the allocator": "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+    "pinned between steps": "apply(expandable_segments=True)",
+    "torn blocks": "apply(expandable_segments=True)",
+    "pinned by the allocator": "apply(expandable_segments=True)",
     "engine activations": "a smaller max_num_batched_tokens or max_num_seqs",
     "CUDA graphs": "enforce_eager=True or a smaller max_num_seqs",
 }
