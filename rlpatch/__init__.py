@@ -71,7 +71,7 @@ def apply(
             None: ``RLPATCH_PARK_OPTIMIZER`` (yes, no or auto), then ``"auto"``.
         expandable_segments: torch's allocator gives back what is free in its segments instead of whole ones, and grows
             them: room for long contexts, at the price of some milliseconds a step per GiB of gradients. ``"auto"``: if the
-            memory plan does not fit otherwise. What ``PYTORCH_CUDA_ALLOC_CONF`` says of them wins. None:
+            memory plan does not fit otherwise, or only just. What ``PYTORCH_CUDA_ALLOC_CONF`` says of them wins. None:
             ``RLPATCH_EXPANDABLE_SEGMENTS`` (yes, no or auto), then ``"auto"``.
         include: Only these capabilities (names as in `status`). None: ``RLPATCH_INCLUDE`` (comma-separated), then all.
         exclude: Never these. None: ``RLPATCH_EXCLUDE``.

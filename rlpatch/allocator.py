@@ -7,9 +7,9 @@ keeps their segments from the KV cache, and at long contexts free memory ends up
 
 The price: giving back the gradients before a rollout takes 2 ms per GiB instead of 0.5, and getting them again 1 ms: 0.05 s
 of a step (8B on an H200, bench/results/h200-8b-full-expandable-vllm0.25.1.json). So they are switched on where the memory
-plan does not fit otherwise, when a pair's engine is about to be built: in the running process, and in the variable where
-vLLM looks for them, whose memory pool does not go together with them (pytorch/pytorch#147851) and switches them off around
-itself (vllm-project/vllm#40812). Everything allocated before stays where it is.
+plan does not fit otherwise, or only just, when a pair's engine is about to be built: in the running process, and in the
+variable where vLLM looks for them, whose memory pool does not go together with them (pytorch/pytorch#147851) and switches
+them off around itself (vllm-project/vllm#40812). Everything allocated before stays where it is.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Settings:
         park_optimizer: Optimizer state waits in host memory between steps: yes, no, or ``"auto"`` (if the memory plan does
             not fit otherwise).
         expandable_segments: torch's allocator expands its segments: yes, no, or ``"auto"`` (if the memory plan does not fit
-            otherwise).
+            otherwise, or only just).
         one_forward: The loss takes the log-probs that scoring computed, where both are of the same weights.
         include: Only these capabilities, or None for all.
         exclude: Never these capabilities.

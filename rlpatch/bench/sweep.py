@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Attempt:
     detail: dict[str, Any] | None = None
 
 
+_OWN = ("completion_tokens", "utilization")  # of a job, what a sweep varies
 _ROUND = 8  # lengths per process: starting one takes as long as training a few
 
 
@@ -151,9 +152,13 @@ def begun(document: dict[str, Any], options: argparse.Namespace, path: Path) -> 
         raise BenchError(f"--resume: {path} holds no sweep ({type(error).__name__}: {error})") from error
 
     earlier.setdefault("environment", document["environment"])  # not told by the first results
+    unsaid = {
+        one.name: one.default for one in fields(BenchJob)
+    }  # what a result from before a field's time was made with
 
     def compared(one: dict[str, Any]) -> dict[str, Any]:
-        job = {k: v for k, v in one["job"].items() if k not in ("completion_tokens", "utilization")}  # a sweep's own
+        job = {**unsaid, **one["job"]}
+        job = {k: v for k, v in job.items() if k not in ("variant", "model", "output", *_OWN)}
         device = {k: v for k, v in one["device"].items() if k != "ballast"}
         return {"model": one["model"], "environment": one["environment"], **one["versions"], **job, **device}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -180,7 +180,7 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
         return Decision(False, f"the KV cache is sized by {sized}")
     given = None if budget.left_alone else arguments.get("gpu_memory_utilization")
     try:
-        (parked, expanded, positions), made = first_that_fits(_plans(budget, arguments, room, release, given))
+        (parked, expanded, positions), made = _planned(budget, arguments, room, release, given)
     except UsageError as error:
         reason = f"no plan can be made: {error}"
         if budget.left_alone:
@@ -205,7 +205,7 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
     if parked and budget.parking == "auto":
         reason += "; the optimizer's state waits in host memory between steps, because it would not fit otherwise"
     if expanded and budget.expanding == "auto":
-        reason += "; torch's allocator expands its segments, because it would not fit otherwise"
+        reason += "; torch's allocator expands its segments, because it would not fit otherwise, or only just"
     if release.takes_bytes:
         found["kv_cache_memory_bytes"] = made.kv_cache_memory_bytes
     held = made.left_blocks * made.block_size
@@ -219,16 +219,19 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
     return Decision(True, reason, made, found, tuple(f"memory plan: {text}" for text in warnings), parked, expanded)
 
 
-def _plans(
+def _planned(
     budget: Budget, arguments: Mapping[str, Any], room: Room, release: Release, utilization: float | None
-) -> Iterator[tuple[tuple[bool, bool, int], Plan]]:
-    """What may be done in order to fit (state parked, segments expanded; and the model's positions), and its plan."""
-    for parked in (False, True) if budget.parking == "auto" else (bool(budget.parking),):
-        for expanded in (False, True) if budget.expanding == "auto" else (bool(budget.expanding),):
-            made, positions = _plan(budget, arguments, room, release, utilization, parked, expanded)
-            state = sum(term.bytes for term in made.terms if term.name == "optimizer state")
-            if not parked or budget.parking is True or 0 < state <= room.host // 2:
-                yield (parked, expanded, positions), made
+) -> tuple[tuple[bool, bool, int], Plan]:
+    """What is done in order to fit (state parked, segments expanded; and the model's positions), and its plan."""
+
+    def make(parked: bool, expanded: bool) -> tuple[tuple[bool, bool, int], Plan] | None:
+        made, positions = _plan(budget, arguments, room, release, utilization, parked, expanded)
+        state = sum(term.bytes for term in made.terms if term.name == "optimizer state")
+        if parked and budget.parking == "auto" and not 0 < state <= room.host // 2:
+            return None
+        return (parked, expanded, positions), made
+
+    return first_that_fits(budget.parking, budget.expanding, make)
 
 
 def _plan(

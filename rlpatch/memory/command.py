@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _EXPANDED = (
-    "torch's allocator expands its segments, because it would not fit otherwise: some 3 ms a step per GiB of gradients"
+    "torch's allocator expands its segments, because it would not fit otherwise, or only just: some 3 ms a step per GiB of "
+    "gradients"
 )
 _PARKED = (
     "the optimizer's state waits in host memory between steps, because it would not fit otherwise: one copy out and one "
@@ -224,15 +225,15 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
         utilization=options.gpu_memory_utilization,
     )
 
-    def plans() -> Iterator[tuple[Training, Plan]]:
-        """As `apply` does."""
-        expandings = (False, True) if training.processes == 1 else (False,)
-        for parked in (False, True) if options.park_optimizer is None else (options.park_optimizer,):
-            for expanded in expandings if options.expandable_segments is None else (options.expandable_segments,):
-                one = replace(training, parked=parked, expandable_segments=expanded)
-                yield one, plan(model, one, engine, device, **sizes)
+    def make(parked: bool, expanded: bool) -> tuple[Training, Plan]:
+        one = replace(training, parked=parked, expandable_segments=expanded)
+        return one, plan(model, one, engine, device, **sizes)
 
-    training, made = first_that_fits(plans())
+    parking = "auto" if options.park_optimizer is None else options.park_optimizer  # as `apply` does
+    expanding = options.expandable_segments
+    if expanding is None:
+        expanding = "auto" if training.processes == 1 else False
+    training, made = first_that_fits(parking, expanding, make)
     if training.expandable_segments and options.expandable_segments is None:
         made = replace(made, notes=(*made.notes, _EXPANDED))
     if training.parked and options.park_optimizer is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ _SLACK = 256 * MIB  # of torch's allocator: rounding and half-used segments
 _PINNED = 0.58  # of the memory that gradients and state settle in, while training; all of it between steps
 _FOLD_SHARE, _FOLD_FACTORS = 0.02, 96 * MIB  # rlpatch/lora: what a fold keeps until the unfold, its factors
 _MARGIN_SHARE, _MARGIN_LEAST = 0.01, 256 * MIB
+_TIGHT_SHARE = 0.05
 _STEPS = 10_000  # utilization is given to four digits
 
 Choice = TypeVar("Choice")
@@ -113,6 +114,11 @@ class Plan:
     def peak(self) -> str:
         """The moment of training's peak."""
         return max(self.moments, key=lambda name: self.moments[name])
+
+    @property
+    def tight(self) -> bool:
+        """Whether training leaves less than what torch's allocator can tear beyond the plan: a twentieth of the device."""
+        return self.available - self.training < _TIGHT_SHARE * self.device
 
     @property
     def kv_cache_memory_bytes(self) -> int:
@@ -414,22 +420,34 @@ def _cannot_honour(share: float, own: int, fits: int, counted: int, device: int,
     )
 
 
-def first_that_fits(made: Iterable[tuple[Choice, Plan]]) -> tuple[Choice, Plan]:
-    """Of plans in the order of what they cost a step, the first that fits; if none does, the one with the least missing.
+def first_that_fits(
+    parking: bool | str, expanding: bool | str, make: Callable[[bool, bool], tuple[Choice, Plan] | None]
+) -> tuple[Choice, Plan]:
+    """Of what may be done in order to fit, in the order of what it costs a step, the first that fits; if nothing does, what
+    leaves the least missing. Where it fits only just (`Plan.tight`), segments are expanded as well, if they may be.
 
     Args:
-        made: Choice and its plan, one at least; not looked at beyond what fits.
+        parking: Whether the optimizer's state is parked; ``"auto"``: if nothing fits without.
+        expanding: Whether torch's allocator expands its segments, likewise.
+        make: Parked, expanded -> choice and plan; None: not to be had. The first always is.
     """
     best: tuple[Choice, Plan] | None = None
-    for choice, one in made:
-        if (
-            best is None
-            or one.refusal is None
-            or one.training < best[1].training
-            or one.left_blocks > best[1].left_blocks
-        ):
-            best = choice, one
-        if one.refusal is None:
+    for parked in (False, True) if parking == "auto" else (bool(parking),):
+        for expanded in (False, True) if expanding == "auto" else (bool(expanding),):
+            found = make(parked, expanded)
+            if found is None:
+                continue
+            one = found[1]
+            if (
+                best is None
+                or one.refusal is None
+                or one.training < best[1].training
+                or one.left_blocks > best[1].left_blocks
+            ):
+                best = found
+            if one.refusal is None and not (one.tight and expanding == "auto"):
+                return found
+        if best is not None and best[1].refusal is None:
             break
     assert best is not None
     return best

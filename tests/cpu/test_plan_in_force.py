@@ -251,15 +251,26 @@ def test_where_there_is_no_plan_status_says_why(
     assert cache_of(trainer).kv_cache_memory_bytes == 16 << 20
 
 
-@pytest.mark.parametrize("setting", [True, "auto", False])
+@pytest.mark.parametrize(
+    ("setting", "size", "unexpanded"),
+    [
+        (True, SIZE, None),
+        ("auto", SIZE, None),  # it fits only just
+        ("auto", "3GiB", "the memory plan does not need them"),
+        (False, SIZE, "switched off"),
+    ],
+)
 def test_segments_expand_before_the_engine_is_built(
-    build: Build, setting: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    build: Build, setting: Any, size: str, unexpanded: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU has no such allocator; that it is asked, and when, can be seen."""
+    import vllm.entrypoints.llm  # noqa: F401 - what a CPU lacks is known when it is imported
+
     asked: list[bool] = []
 
     def expand() -> None:
-        asked.append(phases.building() is None and not phases.live())
+        pair = phases.building()
+        asked.append(not phases.live() and (pair is None or pair.engine is None))
 
     planned_with: list[Any] = []
     decide = phases.decide_memory
@@ -280,12 +291,8 @@ def test_segments_expand_before_the_engine_is_built(
 
     monkeypatch.setattr(rlpatch, "apply", applied)
     monkeypatch.setattr(phases, "decide_memory", decided)
-    build()
+    build(size)
     (pair,) = rlpatch.status().pairs
     assert planned_with == [setting]
-    if setting is True:
-        assert asked[0] and pair["no expandable segments"] is None
-    else:
-        assert not asked
-        why = "the memory plan does not need them" if setting == "auto" else "switched off"
-        assert pair["no expandable segments"] == why
+    assert pair["no expandable segments"] == unexpanded
+    assert bool(asked) is (unexpanded is None) and all(asked[:1])

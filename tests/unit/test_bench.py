@@ -244,6 +244,16 @@ def test_a_sweep_of_the_same_is_resumed(tmp_path: Path) -> None:
     assert mine["resumed"] == [{"date": "d", "command": "c"}]
 
 
+def test_a_sweep_from_before_a_field_s_time_is_resumed(tmp_path: Path) -> None:
+    """`profile` came after the first results; they were made with its default."""
+    path, options = tmp_path / "x.json", command.parse([*SWEEP, "--variants", "trl"])
+    report.write_json(sweep_document(), path)
+    job = {"lora": 32, "completion_tokens": 9}
+    assert sweep.begun(sweep_document(job={**job, "profile": False}), options, path)["trl"]["best"] == 512
+    with pytest.raises(processes.BenchError, match="profile: False there, True here"):
+        sweep.begun(sweep_document(job={**job, "profile": True}), options, path)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

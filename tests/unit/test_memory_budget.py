@@ -327,6 +327,17 @@ def test_segments_are_expanded_where_the_plan_does_not_fit_otherwise(monkeypatch
     given = expanding("auto", length, left_alone=False)
     assert given.expanded and not given.applied  # the utilization is the script's, the training is the same
 
+    # where it would fit only just, too, and what costs more is not done for that
+    barely, easily = longest(False) - 64, (longest(False) * 9) // 10
+    plans = {length: expanding(False, length).plan for length in (barely, easily)}
+    assert all(one is not None and one.refusal is None for one in plans.values())
+    for park in (False, "auto"):
+        assert expanding("auto", barely, park=park).expanded and not expanding("auto", barely, park=park).parked
+        assert not expanding("auto", easily, park=park).expanded
+    assert expanding(False, barely, park="auto").plan == plans[barely]
+    edge = expanding("auto", longest(True) - 64, park="auto")  # expanded, and only just even so
+    assert edge.expanded and not edge.parked
+
     # of what may be done, what costs least; both where one alone is not enough
     assert not expanding("auto", length, park="auto").parked
     parked = expanding("auto", longest(True) + 2048, park="auto")
