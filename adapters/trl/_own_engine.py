@@ -86,7 +86,7 @@ def _build(context: Context, wrapped: Any, args: tuple[Any, ...], kwargs: dict[s
 
     pair = _pairing.new_pair(context, view)
     pair.on_discarded = discarded
-    with pair.build():
+    with pair.build(), _pairing.alone(view):
         llm = wrapped(*args, **kwargs)
     trainer._rlpatch_pair = pair
     return llm

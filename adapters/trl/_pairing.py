@@ -8,8 +8,11 @@ one (`rlpatch.adapters.trl._own_engine.TrainerView`). Of it they use ``model``, 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlpatch.registry import Context
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from rlpatch.phases import Colocation
 
 logger = logging.getLogger("rlpatch")
+
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def pair_of(owner: Any) -> Colocation | None:
@@ -108,6 +113,24 @@ def new_pair(context: Context, generation: Any) -> Colocation:
     # Before TRL looks at the flag again, right after construction, to put the engine to sleep.
     pair.on_joined = settle
     return pair
+
+
+@contextlib.contextmanager
+def alone(generation: Any) -> Iterator[None]:
+    """Around the engine's construction by a trainer that is the only process: what tells vLLM so is gone afterwards.
+
+    TRL sets these variables and leaves them, and accelerate takes the next trainer of the process (a notebook's second run)
+    for one of several that a launcher started: its model is wrapped in ``DistributedDataParallel``, which holds all
+    gradients once more.
+    """
+    try:
+        yield
+    finally:
+        kind = generation.accelerator.distributed_type
+        if str(getattr(kind, "value", kind)) == "NO":  # no launcher had set them
+            for name, value in _ALONE.items():
+                if os.environ.get(name) == value:
+                    del os.environ[name]
 
 
 def take_over(pair: Colocation, generation: Any) -> None:

@@ -48,7 +48,7 @@ def _init_vllm(
     pair = generation._rlpatch_pair = _pairing.new_pair(context, generation)
     prepare(pair, generation)
     try:
-        with pair.build():
+        with pair.build(), _pairing.alone(generation):
             return wrapped(*args, **kwargs)
     except BaseException:
         del generation._rlpatch_pair

@@ -70,14 +70,9 @@ def _end_of_the_kv_cache(llm: Any) -> None:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an earlier engine has left a process group, accelerate wraps the model of a single process, too."""
-    import torch
-
-    class Bare(torch.nn.parallel.DistributedDataParallel):
-        def __new__(cls, module: Any, **_: Any) -> Any:
-            return module
-
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Bare)
+    """As in a new process: an engine of plain TRL leaves variables for which accelerate wraps the next trainer's model."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ class Scenario:
     Attributes:
         resume_at: Train again from the checkpoint of this step.
         plain_fails: Plain TRL cannot train it at all.
-        exact: Plain and patched do the same arithmetic in the same order.
+        exact: Plain and patched do the same arithmetic in the same order, once `one_forward` is off, which leaves a pass
+            out and rounds otherwise.
         lora: Arguments of ``peft.LoraConfig``; empty: full fine-tuning.
     """
 
@@ -155,7 +156,8 @@ def run(name: str, scenario: Scenario, patched: bool, folder: Path) -> dict[str,
         config=scenario.config,
         lora=scenario.lora,
     )
-    rlpatch.apply(**({"defaults": False} if patched else {"include": ["cpu_weights"]}))
+    ours = {"defaults": False, "one_forward": not scenario.exact}
+    rlpatch.apply(**(ours if patched else {"include": ["cpu_weights"]}))
     trainer = worker.make_trainer(job)
     frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     result = worker.train(trainer, job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,29 @@ def test_an_evaluation_in_between(trainer_of: Any, bare: None) -> None:
     trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.evaluate(trainer.train_dataset)
     assert len(calls) % 2 == 0 and not any(name.startswith("_rlpatch_scor") for name in vars(trainer))
+
+
+def test_the_second_trainer_of_a_process_is_like_the_first(trainer_of: Any, bare: None) -> None:
+    """Plain TRL leaves RANK and its kin behind, for which accelerate wraps the next model in DistributedDataParallel."""
+    passes, left = [], []
+    for _ in range(2):
+        _, count, trainer = train(trainer_of, True, steps=2, config={"steps_per_generation": 1})
+        passes.append(count)
+        left.append({"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(os.environ))
+        assert trainer.model_wrapped is trainer.model and str(trainer.accelerator.distributed_type.value) == "NO"
+    assert passes[0] == passes[1] and left == [set(), set()]
+
+
+def test_what_a_launcher_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlpatch.adapters.trl._pairing import alone
+
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    for kind, left in (("MULTI_GPU", launched), ("NO", {})):
+        with alone(SimpleNamespace(accelerator=SimpleNamespace(distributed_type=kind))):
+            pass
+        assert {name: os.environ[name] for name in launched if name in os.environ} == left
 
 
 def test_what_was_kept_goes_where_images_come() -> None:

@@ -229,7 +229,6 @@ def test_steps_in_pieces_give_the_same_bits(
 
         return step
 
-    train(longer(build, tmp_path / "first", config=once))  # accelerate wraps the later ones in DDP: no `one_forward`
     monkeypatch.setattr(masters, "_stepper", counted)
     monkeypatch.setattr(masters, "PIECE", 4096)
     pieces = longer(build, tmp_path / "pieces", config=once)
