@@ -98,9 +98,8 @@ def agree(plain: dict[str, Any], ours: dict[str, Any], *, first: float) -> None:
     assert len(plain["steps"]) == len(ours["steps"])
     for step, (a, b) in enumerate(zip(plain["steps"], ours["steps"], strict=True), 1):
         for metric in ("loss", "grad_norm", "reward"):
-            expected = (
-                pytest.approx(a[metric], rel=first, abs=1e-6) if step == 1 else pytest.approx(a[metric], abs=NOISE)
-            )
+            within = {"rel": first, "abs": 1e-6} if step == 1 else {"rel": NOISE, "abs": NOISE}
+            expected = pytest.approx(a[metric], **within)
             assert b[metric] == expected, f"step {step}: {metric}"
         assert b["logp_difference"] < 2 * max(row["logp_difference"] for row in plain["steps"])
 
