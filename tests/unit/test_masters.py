@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
