@@ -23,17 +23,21 @@ Beside them stand torch's own compile timers (`torch._dynamo.utils.compilation_t
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import importlib.util
 import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlpatch.bench.run import BenchJob, read_job, told, told_job
+from rlpatch.errors import PatchError
+from rlpatch.patching import Patch, PatchSet, Wrapper
 
 START = "engine start"
 ESTIMATE = "graph estimate"
@@ -94,6 +98,42 @@ def caches_in(folder: str | Path) -> dict[str, str]:
     return {variable: str(Path(folder, name)) for variable, name in names.items()}
 
 
+Target = tuple[str, str, str]  # phase, module, path inside of it
+
+
+def watch(targets: Iterable[Target], wrapper: Callable[[str], Wrapper]) -> dict[Target, PatchSet]:
+    """Wrap each target with ``wrapper(phase)`` as soon as its module is imported, and import none.
+
+    Importing vLLM's CPU worker puts placeholders in place of torch's events, streams and pinned memory
+    (``v1/worker/cpu/shm.py``), whatever the platform is: on a GPU no engine could start in this process any more.
+    """
+    sets = {}
+    for target in targets:
+        phase, module, path = target
+        sets[target] = PatchSet(f"start clock: {phase}", [Patch(module, path, wrapper(phase))])
+        with contextlib.suppress(PatchError):  # `not_timed` says so
+            sets[target].apply()
+    return sets
+
+
+def not_timed(watched: Mapping[Target, PatchSet]) -> list[str]:
+    """Targets that this vLLM does not have. One that is there and that no engine of this process has imported is none."""
+    return [
+        f"{phase}: {module}:{path}"
+        for (phase, module, path), patches in watched.items()
+        if patches.state == "failed" or (module not in sys.modules and not _exists(module))
+    ]
+
+
+def _exists(module: str) -> bool:
+    """Whether its file is there. ``find_spec`` would import the packages around it."""
+    library, *inner = module.split(".")
+    spec = importlib.util.find_spec(library)
+    folders = (spec.submodule_search_locations if spec is not None else None) or ()
+    places = [Path(folder, *inner) for folder in folders]
+    return any(place.with_suffix(".py").is_file() or (place / "__init__.py").is_file() for place in places)
+
+
 class Start:
     """One job, measured. `stage` says what it was doing when it failed."""
 
@@ -117,7 +157,8 @@ class Start:
         import vllm.entrypoints.llm  # noqa: F401
 
         self.seconds["import"] = time.perf_counter() - began
-        missing = self._watch()
+        watched = watch(TARGETS, self._phase)
+        PatchSet(START, [Patch("vllm.entrypoints.llm", "LLM.__init__", self._start)]).apply()
         self.heap = [[number] for number in range(job.heap)]
         self._enter("load")
         began = time.perf_counter()
@@ -152,7 +193,7 @@ class Start:
             "versions": {n: str(installed(n).version) for n in ("vllm", "torch", "triton")},
             "seconds": self.seconds,
             "phases": phases,
-            "not_timed": missing,
+            "not_timed": not_timed(watched),
             "torch_timers": timers,
             "compile": pair["compile"],
             "outcome": rlpatch.status()["compile"].as_dict(),
@@ -163,24 +204,6 @@ class Start:
     def _enter(self, stage: str) -> None:
         self.stage = stage
         self.emit("stage", stage)
-
-    def _watch(self) -> list[str]:
-        """Wrap `TARGETS` and the constructor; returns those that this vLLM does not have."""
-        from rlpatch.patching import Patch, PatchSet
-
-        patches, missing = [], []
-        for phase, module, path in TARGETS:
-            try:
-                found: Any = importlib.import_module(module)
-                for part in path.split("."):
-                    found = getattr(found, part)
-            except Exception:  # absent in this release, or its imports are on this platform
-                missing.append(f"{phase}: {module}:{path}")
-                continue
-            patches.append(Patch(module, path, self._phase(phase)))
-        patches.append(Patch("vllm.entrypoints.llm", "LLM.__init__", self._start))
-        PatchSet("start clock", patches).apply()
-        return missing
 
     def _phase(self, name: str) -> Any:
         def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

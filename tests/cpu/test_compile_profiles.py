@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,44 @@ def test_eager_engines_are_left_alone(trainer_of: Any, shallow: str, expected: l
     assert greedy(trainer) == expected
     found = described()
     assert not found["set"] and all("enforce_eager=True" in why for why in found["left"].values())
+
+
+FAKE_GPU = """
+import sys
+import torch
+
+real = torch.cuda.Event, torch.cuda.Stream, torch.cuda.current_stream, torch.Tensor.pin_memory
+import vllm.platforms
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import PlatformEnum
+
+
+class FakeGpu(CpuPlatform):  # stands for a GPU's platform, of which there is none here
+    _enum = PlatformEnum.CUDA
+
+
+vllm.platforms._current_platform = FakeGpu()
+import vllm.entrypoints.llm
+import rlpatch
+from rlpatch.adapters.vllm._platform import on_cpu
+from rlpatch.bench.start import TARGETS, not_timed, watch
+
+assert vllm.platforms.current_platform.is_cuda() and not on_cpu()
+rlpatch.apply(compile="fast-start")
+watched = watch(TARGETS, lambda phase: lambda wrapped, instance, args, kwargs: wrapped(*args, **kwargs))
+missing = not_timed({**watched, **watch([("none", "vllm.v1.worker.gone", "x")], lambda phase: print)})
+assert not [name for name in sys.modules if "cpu_worker" in name or "cpu_model_runner" in name or "worker.cpu" in name]
+assert real == (torch.cuda.Event, torch.cuda.Stream, torch.cuda.current_stream, torch.Tensor.pin_memory)
+print(*missing, sep="\\n")
+"""
+
+
+def test_no_cpu_worker_is_imported_on_a_gpu() -> None:
+    """Importing it replaces torch's events and streams by placeholders, in the whole process."""
+    found = subprocess.run([sys.executable, "-c", FAKE_GPU], capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr[-2000:]
+    lines = found.stdout.splitlines()
+    assert "none: vllm.v1.worker.gone:x" in lines and not any("cpu_worker" in line for line in lines)
 
 
 def test_bench_measures_a_start(shallow: str, tmp_path: Path) -> None:
