@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpatch.bench.run import BenchJob, read_job, told, told_job
+from rlpatch.bench.triton_clock import PHASE as TRITON
 from rlpatch.errors import PatchError
 from rlpatch.patching import Patch, PatchSet, Wrapper
 
@@ -45,7 +46,7 @@ CAPTURE = "capture"
 OTHER = "other"
 PHASES = (
     "model info", "weights", "profile", "dynamo", "backend", "inductor", "cache", ESTIMATE, "warm-up", "kernels",
-    "autotune", "dummy rollout", CAPTURE,
+    "autotune", "dummy rollout", CAPTURE, TRITON,
 )  # fmt: skip
 _GPU = "vllm.v1.worker.gpu_worker"
 _CPU = "vllm.v1.worker.cpu_worker"
@@ -139,9 +140,11 @@ class Start:
 
     def __init__(self, job: StartJob, emit: Any) -> None:
         from rlpatch.bench.memory_watch import Clock
+        from rlpatch.bench.triton_clock import TritonClock
 
         self.job, self.emit = job, emit
         self.clock = Clock()  # a start is the host's work; waiting for the device would add to it
+        self.triton = TritonClock(self.clock)
         self.stage = "import"
         self.seconds: dict[str, float] = {}
 
@@ -159,6 +162,7 @@ class Start:
         self.seconds["import"] = time.perf_counter() - began
         watched = watch(TARGETS, self._phase)
         PatchSet(START, [Patch("vllm.entrypoints.llm", "LLM.__init__", self._start)]).apply()
+        deaf = self.triton.start()
         self.heap = [[number] for number in range(job.heap)]
         self._enter("load")
         began = time.perf_counter()
@@ -180,7 +184,7 @@ class Start:
             model = peft.get_peft_model(
                 model, peft.LoraConfig(r=job.lora, target_modules="all-linear", task_type="CAUSAL_LM")
             )
-        phases = self._phases()
+        phases, kernels = self._phases(), self.triton.take()
         timers = _compile_timers()
         self._enter("rollout")
         rollouts = self._rollouts(model, tokenizer)
@@ -193,7 +197,8 @@ class Start:
             "versions": {n: str(installed(n).version) for n in ("vllm", "torch", "triton")},
             "seconds": self.seconds,
             "phases": phases,
-            "not_timed": not_timed(watched),
+            "not_timed": [*not_timed(watched), *([f"{TRITON}: {deaf}"] if deaf else [])],
+            "triton": kernels,
             "torch_timers": timers,
             "compile": pair["compile"],
             "outcome": rlpatch.status()["compile"].as_dict(),
@@ -248,6 +253,7 @@ class Start:
             return seconds, [list(output.outputs[0].token_ids) for output in outputs]
 
         first, greedy = roll(2, GREEDY, 0.0)  # pays for kernels that nobody warmed up
+        kernels = self.triton.take()
         sizes = []
         for count in job.sequences if job.rollouts else ():
             for length in job.lengths:
@@ -259,7 +265,10 @@ class Start:
                     "sequences": count, "tokens": length, "seconds": [seconds for seconds, _ in runs],
                     "tokens_per_second": statistics.median(rates),
                 })  # fmt: skip
-        return {"first_rollout_seconds": first, "greedy": greedy, "rollouts": sizes}
+        return {
+            "first_rollout_seconds": first, "first_rollout_triton": kernels, "greedy": greedy, "rollouts": sizes,
+            "rollouts_triton": self.triton.take(),
+        }  # fmt: skip
 
 
 def _compile_timers() -> dict[str, float]:
