@@ -112,6 +112,10 @@ SETTINGS: dict[str, Setting] = {
         "the model's class is looked at in this process; with nothing cached vLLM starts a Python of its own for that",
         _always(inspect_here=True),
     ),
+    "plain-sampling": Setting(
+        "the sampler is warmed up with what this trainer's rollouts ask for, not with every feature it has",
+        _always(sampler_warmup="plain"),
+    ),
     "decode-graphs": Setting(
         "no torch.compile at all; CUDA graphs of whole decode steps over vLLM's own kernels", _always(compiled=False)
     ),

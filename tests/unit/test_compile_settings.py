@@ -14,9 +14,9 @@ import pytest
 import rlpatch
 from rlpatch import control, doctor
 from rlpatch.adapters.vllm import _compilation as era
-from rlpatch.adapters.vllm import compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_26
+from rlpatch.adapters.vllm import compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_17, compile_v0_26
 from rlpatch.compilation import build, profiles, workers
-from rlpatch.compilation.dialect import Changes, Dialect, Surface
+from rlpatch.compilation.dialect import Changes, Dialect, Hook, Surface
 from rlpatch.compilation.profiles import PROFILES, REFUSED, SETTINGS, Reach, capture_sizes, few_sizes, named
 from rlpatch.errors import UnsupportedError, UsageError
 
@@ -311,6 +311,47 @@ def test_what_vllm_made_of_it_is_said() -> None:
     assert sizes["why"].startswith("capture-sizes: ")
 
 
+# ---- patches that act while the engine is built ----------------------------------------------------------------------
+
+HOOK = Hook("sampler's warm-up", "every feature", "what the rollouts ask for", "nothing was warmed up")
+
+
+def hooked(**changes: Any) -> Dialect:
+    return dialect({"sampler warmup": lambda value: Changes(hooks={"plain": HOOK}, **changes)})
+
+
+def test_a_patch_that_was_asked_about_is_told() -> None:
+    made = decide("plain-sampling", speech=hooked())
+    assert not made.arguments and not made.environment and not made.asks("something else")
+    assert made.asks("plain")
+    made.settled(SimpleNamespace())
+    (entry,) = made.describe()["set"]
+    assert (entry["what"], entry["old"], entry["new"]) == (HOOK.what, HOOK.old, HOOK.new) and not made.left
+    assert not decide("capture-sizes").asks("plain")
+
+
+def test_a_patch_that_the_engine_never_came_by_changed_nothing() -> None:
+    speech = hooked()
+    made = decide("plain-sampling", "capture-sizes", speech=dataclasses.replace(
+        speech, terms={**speech.terms, "capture sizes": era.capture_sizes}))  # fmt: skip
+    made.settled(SimpleNamespace(cudagraph_capture_sizes=[1]))
+    assert made.left == {"plain-sampling": "nothing was warmed up"}
+    (entry,) = made.describe()["set"]
+    assert entry["what"] == "compilation_config.cudagraph_capture_sizes" and entry["became"] == "[1]"
+
+
+@pytest.mark.parametrize(
+    "given", [{"jit_monitor_mode": "error"}, {"speculative_config": {"method": "ngram"}}], ids=lambda g: next(iter(g))
+)
+def test_engines_in_which_a_late_kernel_would_be_an_error_are_warmed_up_whole(given: dict[str, Any]) -> None:
+    pytest.importorskip("vllm")
+    if not hasattr(pytest.importorskip("vllm.sampling_params").SamplingParams, "for_sampler_warmup"):
+        pytest.skip("this vLLM warms up no sampler")
+    made = decide("plain-sampling", speech=dialect({"sampler warmup": era.plain_warm_up}), given=given)
+    assert made.left == {"plain-sampling": f"{next(iter(given))}= was given"}
+    assert not made.asks(era.PLAIN_SAMPLING)
+
+
 # ---- workers ---------------------------------------------------------------------------------------------------------
 
 
@@ -401,7 +442,7 @@ def test_every_term_is_translated_or_said_to_be_lacking() -> None:
     wanted = {
         term for setting in SETTINGS.values() if isinstance(terms := setting.wants(REACH), dict) for term in terms
     } - {"workers", "inspect here"}
-    for module in (compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_26):
+    for module in (compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_17, compile_v0_26):
         speech = module.ADAPTER.provides
         unknown = wanted - set(speech.terms) - set(speech.lacks) - {"whole artifact"}
         assert not unknown, (module.__name__, unknown)
