@@ -74,7 +74,8 @@ def test_profiles_are_settings_that_agree() -> None:
         if settings:
             assert named(",".join(settings), "compile") == settings
     assert PROFILES["default"] == ()
-    assert named("fast-start,mega-aot,workers", "compile") == (*PROFILES["fast-start"], "mega-aot")
+    assert named("fast-start,startup-plan,capture-sizes", "compile") == (*PROFILES["fast-start"], "startup-plan")
+    assert named("throughput,mega-aot,workers", "compile") == (*PROFILES["throughput"], "mega-aot")
     assert not set(SETTINGS) & (set(PROFILES) | set(REFUSED))
 
 
@@ -93,7 +94,11 @@ def test_known_bad_settings_are_refused_with_the_reason(name: str) -> None:
         (",", "expected a profile"),
         ("capture-sizes,few-sizes", "contradict each other over capture sizes"),
         ("no-combo-kernels,no-combo-benchmark", "contradict each other over combo kernels"),
-        ("decode-graphs,workers", "Inductor compiles nothing, so 'workers' has no use"),
+        ("decode-graphs,workers", "torch.compile compiles nothing, so 'workers' has no use"),
+        ("fast-start,no-combo-benchmark", "under 'decode-graphs' .* 'no-combo-benchmark' has no use"),
+        ("fast-start,throughput", "under 'decode-graphs'"),
+        ("mega-aot,decode-graphs", "'mega-aot' has no use"),
+        ("no-inductor,decode-graphs", "under 'decode-graphs' .* 'no-inductor' has no use"),
         ("no-inductor,static-size", "'static-size' has no use"),
     ],
 )
@@ -436,6 +441,20 @@ def test_a_probe_names_what_is_missing() -> None:
     if newer.provides.terms.get("compiled") is not None:
         assert compile_v0_9.ADAPTER.probe is not None
         assert "use_inductor" in (compile_v0_9.ADAPTER.probe() or "")
+
+
+def test_fast_start_says_what_an_old_release_lacks() -> None:
+    """No vLLM of that age is installed: its adapter's own words, over the fields that it had."""
+
+    @dataclass
+    class Old(Config):
+        use_inductor: bool = True
+
+    speech = dataclasses.replace(compile_v0_9.ADAPTER.provides, surface=lambda: Surface(Old, frozenset(), frozenset()))
+    made = decide(*PROFILES["fast-start"], given={"enable_lora": True}, speech=speech)
+    assert set(made.left) == {"decode-graphs", "lora-graphs", "no-kernel-autotune", "plain-sampling"}
+    assert "without compilation" in made.left["decode-graphs"] and made.left["plain-sampling"] == era.NO_WARM_UP
+    assert made.inspects_here and made.arguments["compilation_config"].cudagraph_capture_sizes == [1, 2, 4, 8, 12]
 
 
 def test_every_term_is_translated_or_said_to_be_lacking() -> None:
