@@ -27,8 +27,8 @@ from typing import Any
 from rlpatch.bench import shapes
 from rlpatch.bench.command import order, split
 from rlpatch.bench.processes import BenchError, Runner, checkpoint, device_facts, failure
-from rlpatch.bench.report import figure, own_version, render, said, write_json
-from rlpatch.bench.start import OTHER, PHASES, START, StartJob, caches_in
+from rlpatch.bench.report import figure, own_version, render, said, told_environment, write_json
+from rlpatch.bench.start import CAPTURE, OTHER, PHASES, START, StartJob, caches_in
 from rlpatch.compilation.profiles import PROFILES, SETTINGS, named
 from rlpatch.errors import UsageError
 
@@ -178,6 +178,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m rlpatch.bench.compile " + said(argv),
         "versions": {"rlpatch": own_version(), "python": sys.version.split()[0], **versions},
+        "environment": told_environment(),
         "device": {**device, "cores": os.cpu_count()},
         "model": title,
         "job": {k: v for k, v in asdict(job).items() if k not in ("variant", "model", "output", "caches")},
@@ -237,6 +238,10 @@ def _measure(
     return ""
 
 
+def _collector(result: dict[str, Any]) -> float:
+    return float(sum(result["collector"]["phases"].values()))
+
+
 def _late_kernels(result: dict[str, Any]) -> float | None:
     heard = result.get("first_rollout_triton")
     return heard["seconds"] if heard else None
@@ -267,6 +272,8 @@ def table(document: dict[str, Any]) -> str:
         rows.append(["  of so many starts", *map(str, counts)] if any(counts) else None)
         for phase in (*PHASES, OTHER):
             rows.append(row(f"  {phase}", state, lambda r, phase=phase: r["phases"].get(phase), ".2f"))  # type: ignore[misc]
+        rows.append(row("  of all that: collector", state, _collector, ".2f"))
+        rows.append(row("    in capture", state, lambda r: r["collector"]["phases"].get(CAPTURE), ".2f"))
         rows.append(row("  first rollout, s", state, lambda r: r["first_rollout_seconds"], ".2f", spread=True))
         rows.append(row("    of it triton", state, _late_kernels, ".2f"))
     states = [state for state in (WARM, COLD) if any(results(name, state) for name in found)]

@@ -18,12 +18,14 @@ vLLM passes through, a phase's seconds without those of the phases inside of it:
        ├─ dummy rollout   warmup_kernels (Model Runner V2)
        └─ capture         capture_model
 
-Beside them stand torch's own compile timers (`torch._dynamo.utils.compilation_time_metrics`), which overlap.
+Beside them stand torch's own compile timers (`torch._dynamo.utils.compilation_time_metrics`), which overlap, and what the
+garbage collector takes in each phase (part of its seconds).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -35,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlpatch.bench.collector_clock import CollectorClock
 from rlpatch.bench.run import BenchJob, read_job, told, told_job
 from rlpatch.bench.triton_clock import PHASE as TRITON
 from rlpatch.errors import PatchError
@@ -163,7 +166,12 @@ class Start:
         watched = watch(TARGETS, self._phase)
         PatchSet(START, [Patch("vllm.entrypoints.llm", "LLM.__init__", self._start)]).apply()
         deaf = self.triton.start()
-        self.heap = [[number] for number in range(job.heap)]
+        self.heap = [[number] for number in range(job.heap)]  # alive until the process ends
+        began = time.perf_counter()
+        gc.collect()
+        walk = {"objects": len(gc.get_objects()), "full_collection_seconds": time.perf_counter() - began}
+        collector = CollectorClock(self.clock)
+        collector.start()
         self._enter("load")
         began = time.perf_counter()
         engine: dict[str, Any] = {"max_num_seqs": job.max_num_seqs, "enforce_eager": job.eager}
@@ -184,6 +192,7 @@ class Start:
             model = peft.get_peft_model(
                 model, peft.LoraConfig(r=job.lora, target_modules="all-linear", task_type="CAUSAL_LM")
             )
+        collector.stop()
         phases, kernels = self._phases(), self.triton.take()
         timers = _compile_timers()
         self._enter("rollout")
@@ -199,6 +208,7 @@ class Start:
             "phases": phases,
             "not_timed": [*not_timed(watched), *([f"{TRITON}: {deaf}"] if deaf else [])],
             "triton": kernels,
+            "collector": {**walk, **collector.of(self.clock.step), "phases": _renamed(collector.by_phase)},
             "torch_timers": timers,
             "compile": pair["compile"],
             "outcome": rlpatch.status()["compile"].as_dict(),
@@ -269,6 +279,11 @@ class Start:
             "first_rollout_seconds": first, "first_rollout_triton": kernels, "greedy": greedy, "rollouts": sizes,
             "rollouts_triton": self.triton.take(),
         }  # fmt: skip
+
+
+def _renamed(seconds: Mapping[str, float]) -> dict[str, float]:
+    """What lies in no inner phase, as `Start._phases` calls it; what lies outside of the constructor is left out."""
+    return {OTHER if name == START else name: value for name, value in seconds.items() if name in (START, *PHASES)}
 
 
 def _compile_timers() -> dict[str, float]:

@@ -159,6 +159,7 @@ def test_bench_measures_a_start(shallow: str, tmp_path: Path) -> None:
     assert result["phases"]["weights"] > 0 and result["rollouts"][0]["tokens_per_second"] > 0
     assert result["compile"]["profile"] == "decode-graphs"
     assert result["job"]["heap"] == document["job"]["heap"] == 100_000
+    assert result["collector"]["objects"] > 100_000 and set(result["collector"]["phases"]) <= set(result["phases"])
     assert [len(tokens) for tokens in result["greedy"]] == [16, 16]
     assert "engine start, cold, s" in bench.table(document)
 

@@ -170,6 +170,7 @@ def result(seconds: float, triton: dict[str, Any] | None = None, tokens: bool = 
             "seconds": {START: seconds}, "phases": {"weights": 1.0, "triton": 0.5, "other": seconds - 1.5},
             "first_rollout_seconds": 0.1, "first_rollout_triton": triton, "triton": triton, "greedy": [[1], [2]],
             "rollouts": [size] if tokens else [], "compile": None,
+            "collector": {"objects": 10, "full_collection_seconds": 0.1, "phases": {"capture": 0.25, "other": 0.5}},
         }
     }  # fmt: skip
 
@@ -194,6 +195,7 @@ def test_table_tells_medians_number_and_spread() -> None:
     assert rows["engine start, cold, s"] == ["6.00 (5.00–9.00)", "4.00"]
     assert rows["of so many starts"] == ["3", "1"]
     assert rows["triton"] == ["0.50", "0.50"] and "triton" in PHASES
+    assert rows["of all that: collector"] == ["0.75", "0.75"] and rows["in capture"] == ["0.25", "0.25"]
     assert "default, cold: Triton compiled 2 kernels in 0.50 s: _a 0.40, _b 0.10" in told
 
 
@@ -229,7 +231,10 @@ def test_an_interrupted_run_keeps_and_shows_what_it_has(
     assert signal.getsignal(signal.SIGTERM) is before
     said = capsys.readouterr()
     assert "interrupted" in said.err and "engine start, cold, s" in said.out and str(out) in said.out
-    kept = json.loads(out.read_text())["settings"]
+    written = json.loads(out.read_text())
+    assert {"rlpatch", "python", "vllm", "torch", "triton"} <= set(written["versions"])
+    assert written["device"]["name"] == "CPU" and written["device"]["cores"] and "environment" in written
+    kept = written["settings"]
     assert [run["result"]["seconds"][START] for name in kept for run in kept[name]["cold"]] == [1.0, 2.0]
 
 
