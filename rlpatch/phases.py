@@ -127,6 +127,8 @@ class Colocation:
         owner: The model of a pair that exists before its trainer does; its adapters may come later (`follow`).
         slots_rank: LoRA slots of this rank are reserved in the engine for adapters that come later; 0: none.
         budget: What the memory plan is made from, or why there is none; None: nobody knows the trainer.
+        sampling: What the trainer's rollouts sample with, as far as it is known before the engine is built: fields of
+            vLLM's ``SamplingParams``.
 
     Attributes:
         adapters: Reads the trainer's adapters (``providers["lora"]`` of its model), or None when it has none.
@@ -150,6 +152,7 @@ class Colocation:
     owner: weakref.ref[Any] | None = None
     slots_rank: int = 0
     budget: Budget | str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
     sharing: Sharing | None = None
     adapters: Any = None

@@ -47,6 +47,7 @@ class TrainerView:
         self.gpu_memory_utilization = arguments.get("gpu_memory_utilization")
         self.max_model_length = arguments.get("max_model_len")
         self.model_impl = arguments.get("model_impl")
+        self.sampling_config = trainer.args
 
     def _fix_param_name_to_vllm(self, name: str) -> str:
         fix: Callable[[str], str] | None = getattr(self._trainer, "_fix_param_name_to_vllm", None)

@@ -103,6 +103,7 @@ def new_pair(context: Context, generation: Any) -> Colocation:
         else None,
         upstream_sleep=bool(generation.enable_sleep_mode),
         budget=budget(generation) if budget is not None else None,
+        sampling=sampling(generation),
     )
     if adapted:
         pair.adapt(generation.model, quantized=quantized.has_quantized(generation.model))
@@ -131,6 +132,14 @@ def alone(generation: Any) -> Iterator[None]:
             for name, value in _ALONE.items():
                 if os.environ.get(name) == value:
                     del os.environ[name]
+
+
+def sampling(generation: Any) -> dict[str, Any]:
+    """What its rollouts sample with: fields of ``SamplingParams`` in its config, and ``generation_kwargs`` over them."""
+    config = getattr(generation, "sampling_config", generation)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logprobs")
+    found = {name: value for name in names if (value := getattr(config, name, None)) is not None}
+    return {**found, **(getattr(config, "generation_kwargs", None) or {})}
 
 
 def take_over(pair: Colocation, generation: Any) -> None:

@@ -19,6 +19,7 @@ RELIES = (
         for name in (
             "model", "accelerator", "mode", "enable_sleep_mode", "tensor_parallel_size", "gpu_memory_utilization",
             "max_model_length", "model_impl", "llm",
+            "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs",
         )
     ),
 )  # fmt: skip

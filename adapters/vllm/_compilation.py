@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlpatch.compilation.dialect import Changes, Dialect, Surface
+from rlpatch.compilation.dialect import Changes, Dialect, Hook, Surface
 from rlpatch.patching import Patch
 from rlpatch.registry import Context
 from rlpatch.relies import Relies
@@ -91,6 +91,57 @@ def memory_plan(value: bool) -> Changes:
     return Changes(environment={"VLLM_ENABLE_STARTUP_PLAN": str(int(value))})
 
 
+PLAIN_SAMPLING = "plain sampling"
+# Fields of ``SamplingParams.for_sampler_warmup()`` and the values at which the sampler passes over them.
+_FEATURES: dict[str, tuple[Any, ...]] = {
+    "top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "frequency_penalty": (0.0,), "presence_penalty": (0.0,),
+    "repetition_penalty": (1.0,), "min_tokens": (0,), "logit_bias": (None,), "_bad_words_token_ids": (None,),
+    "prompt_logprobs": (None,),
+}  # fmt: skip
+# Fields of a request that come to the same kernels.
+_SAME = {"_bad_words_token_ids": ("bad_words",), "logit_bias": ("allowed_token_ids",)}
+
+
+def plain_warm_up(value: str) -> Changes:
+    """A request that nobody set a feature of launches none of its kernels (``Sampler.apply_sampling_params``). Kernels that
+    are compiled later are an error under ``jit_monitor_mode="error"``, and a draft model samples inside of its graphs."""
+    from vllm import SamplingParams
+
+    for name in ("for_sampler_warmup", "temperature", "logprobs", *_FEATURES):
+        if not hasattr(SamplingParams, name):
+            raise ImportError(f"SamplingParams has no {name}")
+    hook = Hook(
+        "sampler's warm-up",
+        "every feature",
+        "what the rollouts ask for",
+        "this engine warmed up no sampler (Model Runner V1, or its warm-up is off)",
+    )
+    return Changes(unless=("jit_monitor_mode", "speculative_config"), hooks={PLAIN_SAMPLING: hook})
+
+
+def _warm_up(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``SamplingParams.for_sampler_warmup()`` -> what a rollout of the pair asks for.
+
+    A feature that rollouts use keeps the values that it is warmed up with; which ones they are compiles nothing else. The
+    temperature does (at 1 the logits stay as they are), and so does the number of log-probs.
+    """
+    from rlpatch import phases
+
+    made = wrapped(*args, **kwargs)
+    pair = phases.building()
+    if pair is None or pair.compilation is None or not pair.compilation.asks(PLAIN_SAMPLING):
+        return made
+    asked = pair.sampling
+    for name, off in _FEATURES.items():
+        wanted = [asked.get(key) for key in (name, *_SAME.get(name, ()))]
+        if all(value is None or value in off for value in wanted):
+            setattr(made, name, off[0])
+    made.logprobs = asked.get("logprobs") or 0  # the sampled token's
+    if asked.get("temperature") is not None:
+        made.temperature = asked["temperature"]
+    return made
+
+
 def _inspect(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from rlpatch import phases
 
@@ -109,6 +160,11 @@ def patches(context: Context) -> list[Patch]:
     return [Patch("vllm.model_executor.models.registry", "_run_in_subprocess", _inspect)]
 
 
+def patches_of_a_sampler(context: Context) -> list[Patch]:
+    """And the sampler's warm-up."""
+    return [*patches(context), Patch("vllm.sampling_params", "SamplingParams.for_sampler_warmup", _warm_up)]
+
+
 Terms = Mapping[str, Callable[[Any], Changes]]
 
 # Values for which a term's names are looked up; any will do.
@@ -119,6 +175,7 @@ NO_AUTOTUNE = "this vLLM has no switch for it"
 NO_COMBO = "this vLLM uses no combo kernels"
 NO_AOT = "this vLLM does not cache what Dynamo traced"
 NO_PLAN = "this vLLM remembers no memory plan"
+NO_WARM_UP = "this vLLM warms up no sampler with every feature"
 NO_LEVELS = "this vLLM has no optimization levels that leave the rest alone"
 
 
@@ -171,6 +228,23 @@ INSTANCE = Relies(
     contains=("compilation_config_instance = compilation_config",),
     otherwise=(
         Relies("vllm.entrypoints.llm:LLM.__init__", contains=("_make_config(compilation_config, CompilationConfig)",)),
+    ),
+)
+# Read once where the warm-up's requests are made; the sampler's kernels are launched by what the requests ask for.
+SAMPLER = (
+    Relies("vllm.sampling_params:SamplingParams.for_sampler_warmup"),
+    Relies("vllm.sampling_params:SamplingParams", parameters=("temperature", "logprobs", *_FEATURES)),
+    Relies(
+        "vllm.v1.worker.gpu.warmup:warmup_kernels",
+        contains=("SamplingParams.for_sampler_warmup()",),
+        otherwise=(
+            Relies("vllm.v1.worker.gpu.warmup:_warmup_kernels", contains=("SamplingParams.for_sampler_warmup()",)),
+        ),
+    ),
+    # Outside of any graph: a method of its own, called after the model's.
+    Relies("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens"),
+    Relies(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.capture_model", lacks=("self.sampler", "self.sample_tokens")
     ),
 )
 INSPECTION = Relies("vllm.model_executor.models.registry:_run_in_subprocess", positional=("fn",))

@@ -40,6 +40,7 @@ ADAPTER = Adapter(
         TERMS,
         kernel_autotune=era.NO_AUTOTUNE,
         optimization=era.NO_LEVELS,
+        sampler_warmup=era.NO_WARM_UP,
         whole_artifact="this vLLM has no such artifact before 0.15, and it is young there",
         memory_plan=era.NO_PLAN,
     ),

@@ -35,6 +35,7 @@ ADAPTER = Adapter(
         combo_kernels=era.NO_COMBO,
         compiled="this vLLM has no CUDA graphs without compilation that were read to work",
         optimization=era.NO_LEVELS,
+        sampler_warmup=era.NO_WARM_UP,
         static_sizes="this vLLM autotunes every single size, which takes minutes",
         aot=era.NO_AOT,
         memory_plan=era.NO_PLAN,

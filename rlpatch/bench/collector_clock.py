@@ -10,12 +10,17 @@ from rlpatch.bench.memory_watch import Clock
 
 
 class CollectorClock:
-    """Listens to the collector (``gc.callbacks``) between `start` and `stop`, and asks `clock` for step and phase."""
+    """Listens to the collector (``gc.callbacks``) between `start` and `stop`, and asks `clock` for step and phase.
+
+    Attributes:
+        by_phase: The innermost phase -> seconds, over all steps.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self._steps: dict[int, dict[str, float]] = {}
         self._began = 0.0
+        self.by_phase: dict[str, float] = {}
 
     def start(self) -> None:
         """From now on."""
@@ -32,6 +37,7 @@ class CollectorClock:
         seconds = time.perf_counter() - self._began
         step = self._steps.setdefault(self.clock.step, {"seconds": 0.0, "generate": 0.0, "full": 0})
         step["seconds"] += seconds
+        self.by_phase[self.clock.innermost] = self.by_phase.get(self.clock.innermost, 0.0) + seconds
         step["generate"] += seconds if self.clock.innermost == "generate" else 0.0
         step["full"] += info["generation"] == 2
 

@@ -2,7 +2,8 @@
 
 Every measurement is a fresh process, the settings in alternating order. A cold start finds the caches of vLLM, Inductor and
 Triton empty (a temporary folder), the warm start after it finds what the cold one left there. The phases of a start stand
-in ``rlpatch/bench/start.py``; the JSON is written after each process.
+in ``rlpatch/bench/start.py``; the JSON is written after each process, and an interrupted run (Ctrl-C, SIGTERM) shows what
+it has. ``--tokens 0`` measures starts alone.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -24,8 +27,8 @@ from typing import Any
 from rlpatch.bench import shapes
 from rlpatch.bench.command import order, split
 from rlpatch.bench.processes import BenchError, Runner, checkpoint, device_facts, failure
-from rlpatch.bench.report import figure, own_version, render, said, write_json
-from rlpatch.bench.start import OTHER, PHASES, START, StartJob, caches_in
+from rlpatch.bench.report import figure, own_version, render, said, told_environment, write_json
+from rlpatch.bench.start import CAPTURE, OTHER, PHASES, START, StartJob, caches_in
 from rlpatch.compilation.profiles import PROFILES, SETTINGS, named
 from rlpatch.errors import UsageError
 
@@ -76,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", metavar="FILE.json", help="default bench/results/compile-SHAPE-vllmVERSION-DATE.json")
     made.add_argument("--logs", metavar="DIR", help="keep each process's log there")
     made.add_argument("--timeout", type=float, default=1800, metavar="S", help="per process (default 1800)")
+    made.add_argument("--minutes", type=float, metavar="M", help="begin no further process after so long")
     return made
 
 
@@ -109,7 +113,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         made.error("--max-num-seqs: at least 1")
     if not 0 < options.utilization <= 1:
         made.error("--utilization: between 0 and 1")
-    for option in ("kv_gib", "timeout"):
+    for option in ("kv_gib", "timeout", "minutes"):
         value = getattr(options, option)
         if value is not None and not (value > 0 and math.isfinite(value)):
             made.error(f"--{option.replace('_', '-')}: more than 0")
@@ -126,12 +130,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run it; exit status 0 when every process ended well, 1 when one failed, 2 on usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse(arguments)
+    before = signal.signal(signal.SIGTERM, _interrupt)  # e.g. from timeout(1): processes of ours must not outlive it
     try:
         with tempfile.TemporaryDirectory(prefix="rlpatch-compile-") as scratch:
             return _bench(options, arguments, Path(scratch))
     except (BenchError, KeyboardInterrupt) as error:
         print(f"rlpatch bench: {error or 'interrupted'}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> int:
@@ -167,63 +178,104 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m rlpatch.bench.compile " + said(argv),
         "versions": {"rlpatch": own_version(), "python": sys.version.split()[0], **versions},
+        "environment": told_environment(),
         "device": {**device, "cores": os.cpu_count()},
         "model": title,
         "job": {k: v for k, v in asdict(job).items() if k not in ("variant", "model", "output", "caches")},
         "settings": {name: {COLD: [], WARM: []} for name in options.settings},
     }
+    logs = Path(options.logs) if options.logs else None
+    ended = ""
+    try:
+        with Runner(scratch, logs, options.timeout, "rlpatch.bench.start") as runner:
+            ended = _measure(options, document, path, runner, job, scratch)
+    except KeyboardInterrupt:
+        ended = "interrupted"
+    runs = [run for found in document["settings"].values() for state in found.values() for run in state]
+    if runs:
+        print(table(document))
+        print(f"wrote {path}")
+    if ended:
+        print(f"rlpatch bench: {ended}", file=sys.stderr)
+    return 0 if all("result" in run for run in runs) and not ended else 1
+
+
+def _measure(
+    options: argparse.Namespace, document: dict[str, Any], path: Path, runner: Runner, job: StartJob, scratch: Path
+) -> str:
+    """Fill the `document`, and write it after every process: what was measured outlives whatever comes next.
+
+    Returns:
+        Why it ended before all was measured, or an empty string.
+    """
+    began = time.monotonic()
     turns = order(options.settings, options.repeat)
     states = (COLD, WARM) if options.warm else (COLD,)
-    logs = Path(options.logs) if options.logs else None
-    with Runner(scratch, logs, options.timeout, "rlpatch.bench.start") as runner:
-        for number, name in enumerate(turns, 1):
-            caches = scratch / f"caches-{number}"
-            if not runner.waiting:  # several at once, so that none is imported while another is measured
-                some = range(number, min(len(turns), number + _AT_ONCE - 1) + 1)
-                environments = [caches_in(scratch / f"caches-{one}") for one in some for _ in states]
-                runner.prepare(environments, f"importing in {len(environments)} processes")
-            for state in states:
-                run = runner.run(
-                    replace(
-                        job,
-                        variant=name.replace("+", ","),
-                        caches=str(caches),
-                        rollouts=0 if state != states[-1] else job.rollouts,
-                    ),
-                    f"[{number}/{len(turns)}] {name} {state}",
-                )
-                document["settings"][name][state].append(run)
-                write_json(document, path)  # after every process: what was measured outlives whatever comes next
-                if "result" not in run:
-                    runner.dismiss()
-                    break  # a warm start would find half a cache
-            shutil.rmtree(caches, ignore_errors=True)
-    print(table(document))
-    print(f"wrote {path}")
-    runs = [run for found in document["settings"].values() for state in found.values() for run in state]
-    return 0 if all("result" in run for run in runs) else 1
+    for number, name in enumerate(turns, 1):
+        caches = scratch / f"caches-{number}"
+        if options.minutes and time.monotonic() - began > 60 * options.minutes:
+            return f"{options.minutes:g} minutes are over after {number - 1} of {len(turns)} turns"
+        if not runner.waiting:  # several at once, so that none is imported while another is measured
+            some = range(number, min(len(turns), number + _AT_ONCE - 1) + 1)
+            environments = [caches_in(scratch / f"caches-{one}") for one in some for _ in states]
+            runner.prepare(environments, f"importing in {len(environments)} processes")
+        for state in states:
+            run = runner.run(
+                replace(
+                    job,
+                    variant=name.replace("+", ","),
+                    caches=str(caches),
+                    rollouts=0 if state != states[-1] else job.rollouts,
+                ),
+                f"[{number}/{len(turns)}] {name} {state}",
+            )
+            document["settings"][name][state].append(run)
+            write_json(document, path)
+            if "result" not in run:
+                runner.dismiss()
+                break  # a warm start would find half a cache
+        shutil.rmtree(caches, ignore_errors=True)
+    return ""
+
+
+def _collector(result: dict[str, Any]) -> float:
+    return float(sum(result["collector"]["phases"].values()))
+
+
+def _late_kernels(result: dict[str, Any]) -> float | None:
+    heard = result.get("first_rollout_triton")
+    return heard["seconds"] if heard else None
 
 
 def table(document: dict[str, Any]) -> str:
-    """Medians over repeats, a column per setting."""
+    """Medians over repeats, a column per setting; of whole starts and first rollouts the least and the most beside them."""
     found = document["settings"]
 
     def results(name: str, state: str) -> list[dict[str, Any]]:
         return [run["result"] for run in found[name][state] if "result" in run]
 
-    def row(label: str, state: str, read: Callable[[dict[str, Any]], float | None], form: str) -> list[str] | None:
+    def row(
+        label: str, state: str, read: Callable[[dict[str, Any]], float | None], form: str, spread: bool = False
+    ) -> list[str] | None:
         cells = []
         for name in found:
             values = [value for result in results(name, state) if (value := read(result)) is not None]
-            cells.append(figure(statistics.median(values) if values else None, form))
+            cell = figure(statistics.median(values) if values else None, form)
+            more = f" ({figure(min(values), form)}–{figure(max(values), form)})" if spread and len(values) > 1 else ""
+            cells.append(cell + more)
         return None if all(cell == "–" for cell in cells) else [label, *cells]
 
     rows: list[list[str] | None] = []
     for state in (COLD, WARM):
-        rows.append(row(f"{START}, {state}, s", state, lambda r: r["seconds"][START], ".2f"))
+        rows.append(row(f"{START}, {state}, s", state, lambda r: r["seconds"][START], ".2f", spread=True))
+        counts = [len(results(name, state)) for name in found]
+        rows.append(["  of so many starts", *map(str, counts)] if any(counts) else None)
         for phase in (*PHASES, OTHER):
             rows.append(row(f"  {phase}", state, lambda r, phase=phase: r["phases"].get(phase), ".2f"))  # type: ignore[misc]
-        rows.append(row("  first rollout, s", state, lambda r: r["first_rollout_seconds"], ".2f"))
+        rows.append(row("  of all that: collector", state, _collector, ".2f"))
+        rows.append(row("    in capture", state, lambda r: r["collector"]["phases"].get(CAPTURE), ".2f"))
+        rows.append(row("  first rollout, s", state, lambda r: r["first_rollout_seconds"], ".2f", spread=True))
+        rows.append(row("    of it triton", state, _late_kernels, ".2f"))
     states = [state for state in (WARM, COLD) if any(results(name, state) for name in found)]
     state = states[0] if states else COLD
     sizes = [(one["sequences"], one["tokens"]) for name in found for r in results(name, state) for one in r["rollouts"]]
@@ -254,6 +306,12 @@ def table(document: dict[str, Any]) -> str:
         described = next((r["compile"] for s in (COLD, WARM) for r in results(name, s) if r["compile"]), None)
         if described:
             lines += [f"{name}: {setting} left alone: {why}" for setting, why in described["left"].items()]
+        heard = next((r["triton"] for r in results(name, COLD) if r.get("triton")), None)
+        if heard:
+            largest = ", ".join(f"{kernel} {seconds:.2f}" for kernel, seconds in heard["largest"].items())
+            lines.append(
+                f"{name}, {COLD}: Triton compiled {heard['compiled']} kernels in {heard['seconds']:.2f} s: {largest}"
+            )
     return "\n".join(lines)
 
 

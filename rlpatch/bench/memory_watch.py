@@ -96,6 +96,16 @@ class Clock:
                 self._stack[-1][2].append(end - start)
             self.intervals.append(Interval(name, start, end, end - start - sum(inner), len(self._stack), self.step))
 
+    def book(self, name: str, seconds: float) -> None:
+        """`seconds` that end now, in this thread, were the phase `name`; without effect outside of any phase."""
+        if not self._stack or any(active == name for active, *_ in self._stack):
+            return
+        end = time.perf_counter()
+        _, began, inner = self._stack[-1]
+        seconds = max(0.0, min(seconds, end - began - sum(inner)))
+        inner.append(seconds)
+        self.intervals.append(Interval(name, end - seconds, end, seconds, len(self._stack), self.step))
+
     def seconds(self, step: int) -> dict[str, float]:
         """Phase → seconds of its own in optimizer step `step`; inner phases are not counted in outer ones."""
         found: dict[str, float] = {}

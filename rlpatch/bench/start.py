@@ -18,22 +18,30 @@ vLLM passes through, a phase's seconds without those of the phases inside of it:
        ├─ dummy rollout   warmup_kernels (Model Runner V2)
        └─ capture         capture_model
 
-Beside them stand torch's own compile timers (`torch._dynamo.utils.compilation_time_metrics`), which overlap.
+Beside them stand torch's own compile timers (`torch._dynamo.utils.compilation_time_metrics`), which overlap, and what the
+garbage collector takes in each phase (part of its seconds).
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import gc
+import importlib.util
 import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlpatch.bench.collector_clock import CollectorClock
 from rlpatch.bench.run import BenchJob, read_job, told, told_job
+from rlpatch.bench.triton_clock import PHASE as TRITON
+from rlpatch.errors import PatchError
+from rlpatch.patching import Patch, PatchSet, Wrapper
 
 START = "engine start"
 ESTIMATE = "graph estimate"
@@ -41,7 +49,7 @@ CAPTURE = "capture"
 OTHER = "other"
 PHASES = (
     "model info", "weights", "profile", "dynamo", "backend", "inductor", "cache", ESTIMATE, "warm-up", "kernels",
-    "autotune", "dummy rollout", CAPTURE,
+    "autotune", "dummy rollout", CAPTURE, TRITON,
 )  # fmt: skip
 _GPU = "vllm.v1.worker.gpu_worker"
 _CPU = "vllm.v1.worker.cpu_worker"
@@ -94,14 +102,52 @@ def caches_in(folder: str | Path) -> dict[str, str]:
     return {variable: str(Path(folder, name)) for variable, name in names.items()}
 
 
+Target = tuple[str, str, str]  # phase, module, path inside of it
+
+
+def watch(targets: Iterable[Target], wrapper: Callable[[str], Wrapper]) -> dict[Target, PatchSet]:
+    """Wrap each target with ``wrapper(phase)`` as soon as its module is imported, and import none.
+
+    Importing vLLM's CPU worker puts placeholders in place of torch's events, streams and pinned memory
+    (``v1/worker/cpu/shm.py``), whatever the platform is: on a GPU no engine could start in this process any more.
+    """
+    sets = {}
+    for target in targets:
+        phase, module, path = target
+        sets[target] = PatchSet(f"start clock: {phase}", [Patch(module, path, wrapper(phase))])
+        with contextlib.suppress(PatchError):  # `not_timed` says so
+            sets[target].apply()
+    return sets
+
+
+def not_timed(watched: Mapping[Target, PatchSet]) -> list[str]:
+    """Targets that this vLLM does not have. One that is there and that no engine of this process has imported is none."""
+    return [
+        f"{phase}: {module}:{path}"
+        for (phase, module, path), patches in watched.items()
+        if patches.state == "failed" or (module not in sys.modules and not _exists(module))
+    ]
+
+
+def _exists(module: str) -> bool:
+    """Whether its file is there. ``find_spec`` would import the packages around it."""
+    library, *inner = module.split(".")
+    spec = importlib.util.find_spec(library)
+    folders = (spec.submodule_search_locations if spec is not None else None) or ()
+    places = [Path(folder, *inner) for folder in folders]
+    return any(place.with_suffix(".py").is_file() or (place / "__init__.py").is_file() for place in places)
+
+
 class Start:
     """One job, measured. `stage` says what it was doing when it failed."""
 
     def __init__(self, job: StartJob, emit: Any) -> None:
         from rlpatch.bench.memory_watch import Clock
+        from rlpatch.bench.triton_clock import TritonClock
 
         self.job, self.emit = job, emit
         self.clock = Clock()  # a start is the host's work; waiting for the device would add to it
+        self.triton = TritonClock(self.clock)
         self.stage = "import"
         self.seconds: dict[str, float] = {}
 
@@ -117,8 +163,15 @@ class Start:
         import vllm.entrypoints.llm  # noqa: F401
 
         self.seconds["import"] = time.perf_counter() - began
-        missing = self._watch()
-        self.heap = [[number] for number in range(job.heap)]
+        watched = watch(TARGETS, self._phase)
+        PatchSet(START, [Patch("vllm.entrypoints.llm", "LLM.__init__", self._start)]).apply()
+        deaf = self.triton.start()
+        self.heap = [[number] for number in range(job.heap)]  # alive until the process ends
+        began = time.perf_counter()
+        gc.collect()
+        walk = {"objects": len(gc.get_objects()), "full_collection_seconds": time.perf_counter() - began}
+        collector = CollectorClock(self.clock)
+        collector.start()
         self._enter("load")
         began = time.perf_counter()
         engine: dict[str, Any] = {"max_num_seqs": job.max_num_seqs, "enforce_eager": job.eager}
@@ -139,7 +192,8 @@ class Start:
             model = peft.get_peft_model(
                 model, peft.LoraConfig(r=job.lora, target_modules="all-linear", task_type="CAUSAL_LM")
             )
-        phases = self._phases()
+        collector.stop()
+        phases, kernels = self._phases(), self.triton.take()
         timers = _compile_timers()
         self._enter("rollout")
         rollouts = self._rollouts(model, tokenizer)
@@ -152,7 +206,9 @@ class Start:
             "versions": {n: str(installed(n).version) for n in ("vllm", "torch", "triton")},
             "seconds": self.seconds,
             "phases": phases,
-            "not_timed": missing,
+            "not_timed": [*not_timed(watched), *([f"{TRITON}: {deaf}"] if deaf else [])],
+            "triton": kernels,
+            "collector": {**walk, **collector.of(self.clock.step), "phases": _renamed(collector.by_phase)},
             "torch_timers": timers,
             "compile": pair["compile"],
             "outcome": rlpatch.status()["compile"].as_dict(),
@@ -163,24 +219,6 @@ class Start:
     def _enter(self, stage: str) -> None:
         self.stage = stage
         self.emit("stage", stage)
-
-    def _watch(self) -> list[str]:
-        """Wrap `TARGETS` and the constructor; returns those that this vLLM does not have."""
-        from rlpatch.patching import Patch, PatchSet
-
-        patches, missing = [], []
-        for phase, module, path in TARGETS:
-            try:
-                found: Any = importlib.import_module(module)
-                for part in path.split("."):
-                    found = getattr(found, part)
-            except Exception:  # absent in this release, or its imports are on this platform
-                missing.append(f"{phase}: {module}:{path}")
-                continue
-            patches.append(Patch(module, path, self._phase(phase)))
-        patches.append(Patch("vllm.entrypoints.llm", "LLM.__init__", self._start))
-        PatchSet("start clock", patches).apply()
-        return missing
 
     def _phase(self, name: str) -> Any:
         def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -225,6 +263,7 @@ class Start:
             return seconds, [list(output.outputs[0].token_ids) for output in outputs]
 
         first, greedy = roll(2, GREEDY, 0.0)  # pays for kernels that nobody warmed up
+        kernels = self.triton.take()
         sizes = []
         for count in job.sequences if job.rollouts else ():
             for length in job.lengths:
@@ -236,7 +275,15 @@ class Start:
                     "sequences": count, "tokens": length, "seconds": [seconds for seconds, _ in runs],
                     "tokens_per_second": statistics.median(rates),
                 })  # fmt: skip
-        return {"first_rollout_seconds": first, "greedy": greedy, "rollouts": sizes}
+        return {
+            "first_rollout_seconds": first, "first_rollout_triton": kernels, "greedy": greedy, "rollouts": sizes,
+            "rollouts_triton": self.triton.take(),
+        }  # fmt: skip
+
+
+def _renamed(seconds: Mapping[str, float]) -> dict[str, float]:
+    """What lies in no inner phase, as `Start._phases` calls it; what lies outside of the constructor is left out."""
+    return {OTHER if name == START else name: value for name, value in seconds.items() if name in (START, *PHASES)}
 
 
 def _compile_timers() -> dict[str, float]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlpatch.compilation import workers
-from rlpatch.compilation.dialect import Changes, Dialect, Surface
+from rlpatch.compilation.dialect import Changes, Dialect, Hook, Surface
 from rlpatch.compilation.profiles import PROFILES, SETTINGS, Reach
 from rlpatch.errors import UnsupportedError, UsageError
 
@@ -56,6 +56,7 @@ class Compilation:
         environment: Variables for the time of the construction.
         workers: Inductor's compile processes, or None to leave their number.
         inspects_here: The model's class is looked at in this process (the adapter's patch asks).
+        hooks: Name -> the setting that wants this patch of the adapter to act, and what it does.
     """
 
     name: str
@@ -65,6 +66,16 @@ class Compilation:
     environment: dict[str, str] = field(default_factory=dict)
     workers: int | None = None
     inspects_here: bool = False
+    hooks: dict[str, tuple[str, Hook]] = field(default_factory=dict)
+    _asked: set[str] = field(default_factory=set)
+
+    def asks(self, hook: str) -> bool:
+        """For the adapter's patches, in the engine's construction: whether `hook` shall act. What nobody asks about has
+        changed nothing, and is then reported so."""
+        if hook not in self.hooks:
+            return False
+        self._asked.add(hook)
+        return True
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
@@ -81,7 +92,13 @@ class Compilation:
                 os.environ.pop(variable, None)
 
     def settled(self, config: Any) -> None:
-        """The engine is complete, and `config` is its compilation config: note what it made of our values."""
+        """The engine is complete, and `config` is its compilation config: note what it made of our values, and where it
+        never came by."""
+        for name, (setting, hook) in self.hooks.items():
+            if name not in self._asked:
+                self.acted = [entry for entry in self.acted if (entry.setting, entry.what) != (setting, hook.what)]
+                self.left[setting] = hook.missed
+                logger.info("rlpatch: compile setting %s changed nothing: %s", setting, hook.missed)
         given = self.arguments.get(CONFIG)
         if given is None:
             return
@@ -191,6 +208,9 @@ def decide(name: str, names: tuple[str, ...], dialect: Dialect, given: Mapping[s
             for what, text in change.environment.items():
                 made.acted.append(Entry(setting, what, "unset", text))
                 made.environment[what] = text
+            for what, hook in change.hooks.items():
+                made.acted.append(Entry(setting, hook.what, hook.old, hook.new))
+                made.hooks[what] = (setting, hook)
             ours.update(change.config)
             inductor.update(change.inductor)
     if ours or inductor:

@@ -8,6 +8,23 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Hook:
+    """What a patch of the adapter does while a pair's engine is built, where that pair's `Compilation.asks` for it.
+
+    Attributes:
+        what: Of the engine, for reports.
+        old: How it is without rlpatch.
+        new: How it is made.
+        missed: Why nothing was changed when the engine is complete and nobody asked.
+    """
+
+    what: str
+    old: str
+    new: str
+    missed: str
+
+
+@dataclass(frozen=True)
 class Changes:
     """What one term comes down to in one range of releases.
 
@@ -17,7 +34,9 @@ class Changes:
         arguments: Arguments of the engine's constructor.
         environment: Variables, set while the engine is built.
         upon: Options of Inductor that the engine must have set itself; where it has not, nothing is changed.
-        unless: Other arguments of the constructor that carry the same wish; when one is given, it wins.
+        unless: Other arguments of the constructor that carry the same wish, or that forbid this one; when one is given, it
+            wins.
+        hooks: Patches of the adapter's own, by name.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -26,6 +45,7 @@ class Changes:
     environment: Mapping[str, str] = field(default_factory=dict)
     upon: Mapping[str, Any] = field(default_factory=dict)
     unless: tuple[str, ...] = ()
+    hooks: Mapping[str, Hook] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,10 @@ SETTINGS: dict[str, Setting] = {
         "the model's class is looked at in this process; with nothing cached vLLM starts a Python of its own for that",
         _always(inspect_here=True),
     ),
+    "plain-sampling": Setting(
+        "the sampler is warmed up with what this trainer's rollouts ask for, not with every feature it has",
+        _always(sampler_warmup="plain"),
+    ),
     "decode-graphs": Setting(
         "no torch.compile at all; CUDA graphs of whole decode steps over vLLM's own kernels", _always(compiled=False)
     ),
@@ -135,8 +139,8 @@ SETTINGS: dict[str, Setting] = {
     ),
 }  # fmt: skip
 
-# Unmeasured: chosen from the sources, conservatively. docs/compilation.md says why each is in and the others are not.
-FAST_START = ("workers", "model-info", "no-combo-benchmark", "capture-sizes", "lora-graphs", "no-kernel-autotune")
+# Unmeasured: chosen from the sources. docs/compilation.md says why each is in and the others are not.
+FAST_START = ("decode-graphs", "model-info", "capture-sizes", "lora-graphs", "no-kernel-autotune", "plain-sampling")
 THROUGHPUT = ("workers", "capture-sizes", "static-size")
 PROFILES: dict[str, tuple[str, ...]] = {"default": (), "fast-start": FAST_START, "throughput": THROUGHPUT}
 
@@ -184,12 +188,12 @@ def _agree(names: tuple[str, ...], origin: str) -> None:
             other, before = seen.setdefault(term, (name, value))
             if before != value:
                 raise UsageError(f"{origin}: {other!r} and {name!r} contradict each other over {term}; leave one out")
-    uncompiled = {"decode-graphs", "no-inductor"} & set(names)
-    inductors = {"workers", "static-size", "no-combo-benchmark", "no-combo-kernels", "quick", "no-inductor"}
-    pointless = inductors & set(names)
-    for name in sorted(uncompiled):
-        if pointless - {name}:
-            raise UsageError(
-                f"{origin}: under {name!r} Inductor compiles nothing, so {sorted(pointless - {name})[0]!r} has no use; "
-                "leave one out"
-            )
+    inductors = {"workers", "static-size", "no-combo-benchmark", "no-combo-kernels", "quick"}
+    for name, compiler, useless in (
+        ("decode-graphs", "torch.compile", inductors | {"no-inductor", "aot", "mega-aot"}),
+        ("no-inductor", "Inductor", inductors),
+    ):
+        pointless = sorted(useless & set(names))
+        if name in names and pointless:
+            raise UsageError(f"{origin}: under {name!r} {compiler} compiles nothing, so {pointless[0]!r} has no use; "
+                             "leave one out")  # fmt: skip

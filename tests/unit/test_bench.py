@@ -375,6 +375,8 @@ def test_the_collector_s_seconds_by_step_and_phase() -> None:
     found = collector.of(1)
     assert found["full"] == 2 and 0 < found["generate"] < found["seconds"] < 10
     assert collector.of(0) == {"seconds": 0, "generate": 0, "full": 0}
+    assert set(collector.by_phase) == {"train", "generate"}
+    assert sum(collector.by_phase.values()) == pytest.approx(found["seconds"])
 
 
 def test_means_tell_what_comes_now_and_then() -> None:

@@ -14,9 +14,9 @@ import pytest
 import rlpatch
 from rlpatch import control, doctor
 from rlpatch.adapters.vllm import _compilation as era
-from rlpatch.adapters.vllm import compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_26
+from rlpatch.adapters.vllm import compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_17, compile_v0_26
 from rlpatch.compilation import build, profiles, workers
-from rlpatch.compilation.dialect import Changes, Dialect, Surface
+from rlpatch.compilation.dialect import Changes, Dialect, Hook, Surface
 from rlpatch.compilation.profiles import PROFILES, REFUSED, SETTINGS, Reach, capture_sizes, few_sizes, named
 from rlpatch.errors import UnsupportedError, UsageError
 
@@ -74,7 +74,8 @@ def test_profiles_are_settings_that_agree() -> None:
         if settings:
             assert named(",".join(settings), "compile") == settings
     assert PROFILES["default"] == ()
-    assert named("fast-start,mega-aot,workers", "compile") == (*PROFILES["fast-start"], "mega-aot")
+    assert named("fast-start,startup-plan,capture-sizes", "compile") == (*PROFILES["fast-start"], "startup-plan")
+    assert named("throughput,mega-aot,workers", "compile") == (*PROFILES["throughput"], "mega-aot")
     assert not set(SETTINGS) & (set(PROFILES) | set(REFUSED))
 
 
@@ -93,7 +94,11 @@ def test_known_bad_settings_are_refused_with_the_reason(name: str) -> None:
         (",", "expected a profile"),
         ("capture-sizes,few-sizes", "contradict each other over capture sizes"),
         ("no-combo-kernels,no-combo-benchmark", "contradict each other over combo kernels"),
-        ("decode-graphs,workers", "Inductor compiles nothing, so 'workers' has no use"),
+        ("decode-graphs,workers", "torch.compile compiles nothing, so 'workers' has no use"),
+        ("fast-start,no-combo-benchmark", "under 'decode-graphs' .* 'no-combo-benchmark' has no use"),
+        ("fast-start,throughput", "under 'decode-graphs'"),
+        ("mega-aot,decode-graphs", "'mega-aot' has no use"),
+        ("no-inductor,decode-graphs", "under 'decode-graphs' .* 'no-inductor' has no use"),
         ("no-inductor,static-size", "'static-size' has no use"),
     ],
 )
@@ -311,6 +316,47 @@ def test_what_vllm_made_of_it_is_said() -> None:
     assert sizes["why"].startswith("capture-sizes: ")
 
 
+# ---- patches that act while the engine is built ----------------------------------------------------------------------
+
+HOOK = Hook("sampler's warm-up", "every feature", "what the rollouts ask for", "nothing was warmed up")
+
+
+def hooked(**changes: Any) -> Dialect:
+    return dialect({"sampler warmup": lambda value: Changes(hooks={"plain": HOOK}, **changes)})
+
+
+def test_a_patch_that_was_asked_about_is_told() -> None:
+    made = decide("plain-sampling", speech=hooked())
+    assert not made.arguments and not made.environment and not made.asks("something else")
+    assert made.asks("plain")
+    made.settled(SimpleNamespace())
+    (entry,) = made.describe()["set"]
+    assert (entry["what"], entry["old"], entry["new"]) == (HOOK.what, HOOK.old, HOOK.new) and not made.left
+    assert not decide("capture-sizes").asks("plain")
+
+
+def test_a_patch_that_the_engine_never_came_by_changed_nothing() -> None:
+    speech = hooked()
+    made = decide("plain-sampling", "capture-sizes", speech=dataclasses.replace(
+        speech, terms={**speech.terms, "capture sizes": era.capture_sizes}))  # fmt: skip
+    made.settled(SimpleNamespace(cudagraph_capture_sizes=[1]))
+    assert made.left == {"plain-sampling": "nothing was warmed up"}
+    (entry,) = made.describe()["set"]
+    assert entry["what"] == "compilation_config.cudagraph_capture_sizes" and entry["became"] == "[1]"
+
+
+@pytest.mark.parametrize(
+    "given", [{"jit_monitor_mode": "error"}, {"speculative_config": {"method": "ngram"}}], ids=lambda g: next(iter(g))
+)
+def test_engines_in_which_a_late_kernel_would_be_an_error_are_warmed_up_whole(given: dict[str, Any]) -> None:
+    pytest.importorskip("vllm")
+    if not hasattr(pytest.importorskip("vllm.sampling_params").SamplingParams, "for_sampler_warmup"):
+        pytest.skip("this vLLM warms up no sampler")
+    made = decide("plain-sampling", speech=dialect({"sampler warmup": era.plain_warm_up}), given=given)
+    assert made.left == {"plain-sampling": f"{next(iter(given))}= was given"}
+    assert not made.asks(era.PLAIN_SAMPLING)
+
+
 # ---- workers ---------------------------------------------------------------------------------------------------------
 
 
@@ -397,11 +443,25 @@ def test_a_probe_names_what_is_missing() -> None:
         assert "use_inductor" in (compile_v0_9.ADAPTER.probe() or "")
 
 
+def test_fast_start_says_what_an_old_release_lacks() -> None:
+    """No vLLM of that age is installed: its adapter's own words, over the fields that it had."""
+
+    @dataclass
+    class Old(Config):
+        use_inductor: bool = True
+
+    speech = dataclasses.replace(compile_v0_9.ADAPTER.provides, surface=lambda: Surface(Old, frozenset(), frozenset()))
+    made = decide(*PROFILES["fast-start"], given={"enable_lora": True}, speech=speech)
+    assert set(made.left) == {"decode-graphs", "lora-graphs", "no-kernel-autotune", "plain-sampling"}
+    assert "without compilation" in made.left["decode-graphs"] and made.left["plain-sampling"] == era.NO_WARM_UP
+    assert made.inspects_here and made.arguments["compilation_config"].cudagraph_capture_sizes == [1, 2, 4, 8, 12]
+
+
 def test_every_term_is_translated_or_said_to_be_lacking() -> None:
     wanted = {
         term for setting in SETTINGS.values() if isinstance(terms := setting.wants(REACH), dict) for term in terms
     } - {"workers", "inspect here"}
-    for module in (compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_26):
+    for module in (compile_v0_9, compile_v0_11_1, compile_v0_16, compile_v0_17, compile_v0_26):
         speech = module.ADAPTER.provides
         unknown = wanted - set(speech.terms) - set(speech.lacks) - {"whole artifact"}
         assert not unknown, (module.__name__, unknown)

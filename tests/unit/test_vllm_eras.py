@@ -76,6 +76,7 @@ LORA_MANAGER = "lora/models.py lora/model_manager.py"
 OVERRIDE, MODELS = "env_override.py", "model_executor/models/registry.py"
 COMPILATION, INTERFACE = "config/compilation.py config.py", "compilation/compiler_interface.py"
 LAYER_UTILS = "model_executor/layers/utils.py"
+SAMPLING = "sampling_params.py"
 WARM_UP = "model_executor/warmup/kernel_warmup.py"
 
 CLAIMS = (
@@ -265,11 +266,11 @@ CLAIMS = (
     Claim("cpu_weights_v0_10", ">=0.10.2", LAYER_UTILS, "cpu_unquantized_gemm",
           has=("layer.cpu_linear(x, weight, bias)",)),
     # ---- compile: how the engine is compiled and warmed up ----
-    Claim("compile_v0_9 compile_v0_11_1 compile_v0_16 compile_v0_26", ">=0.9.2", OVERRIDE, "",
+    Claim("compile_v0_9 compile_v0_11_1 compile_v0_16 compile_v0_17 compile_v0_26", ">=0.9.2", OVERRIDE, "",
           has=("os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '1'",)),
     Claim("compile_v0_9 compile_v0_11_1", "<0.20", OVERRIDE, "",
           has=("torch._inductor.config.compile_threads = 1",)),
-    Claim("compile_v0_16 compile_v0_26", ">=0.20", OVERRIDE, "", lacks=("config.compile_threads = 1",)),
+    Claim("compile_v0_17 compile_v0_26", ">=0.20", OVERRIDE, "", lacks=("config.compile_threads = 1",)),
     Claim("compile_v0_9", "<0.10.1", COMPILATION, "CompilationConfig", has=("level: int", "use_inductor: bool"),
           lacks=("cudagraph_mode",)),
     Claim("compile_v0_9", ">=0.10.1,<0.11.1", COMPILATION, "CompilationConfig",
@@ -287,6 +288,10 @@ CLAIMS = (
           lacks=("combo_kernels",)),
     Claim("compile_v0_16", ">=0.16", WARM_UP, "kernel_warmup",
           has=("worker.vllm_config.kernel_config.enable_flashinfer_autotune",)),
+    Claim("compile_v0_9 compile_v0_11_1 compile_v0_16", "<0.17", SAMPLING, "SamplingParams.for_sampler_warmup",
+          there=False),
+    Claim("compile_v0_17 compile_v0_26", ">=0.17", SAMPLING, "SamplingParams.for_sampler_warmup",
+          has=("top_p=0.9", "top_k=50", "min_p=0.1", "repetition_penalty=1.2", "logprobs=5", "prompt_logprobs=1")),
     Claim("compile_v0_26", ">=0.26", "v1/worker/startup_plan.py", "maybe_apply_startup_plan",
           has=("envs.VLLM_ENABLE_STARTUP_PLAN",)),
     Claim("compile_v0_9", ">=0.9.2", MODELS, "_LazyRegisteredModel.inspect_model_cls",
