@@ -430,7 +430,9 @@ def measure(model: ModelShape, training: Training) -> TrainingBytes:
     if training.checkpointing:
         checkpoints, recomputed = model.layers * tokens * stream + base, layer + tokens * extra
     else:
-        checkpoints, recomputed = model.layers * layer + base, tokens * extra + scores
+        # all is still saved when the last norm is differentiated, in float32
+        norm = (24 if stream == 4 * model.hidden else 22) * model.hidden if width(training.compute) < 4 else 0
+        checkpoints, recomputed = model.layers * layer + base, tokens * max(extra, norm) + scores
     if training.quantized:  # bitsandbytes unpacks one weight at a time (`MatMul4Bit`)
         recomputed += max((t.elements for t in model.linears()), default=0) * width(training.compute)
     masters, step = 0, how.workspace_bytes(tensors)

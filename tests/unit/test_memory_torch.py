@@ -472,6 +472,7 @@ def test_a_trainer_is_described() -> None:
     assert (training.batch, training.length, training.accumulation, training.generate_every) == (4, 128, 2, 2)
     assert (engine.max_num_seqs, engine.max_model_len, engine.max_num_batched_tokens) == (8, 128, 4096)
     assert measure(shape, training).adapters == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert training.input_casts and not describe(trainer, input_casts=False).training.input_casts
     made = plan_for(trainer, device=8 << 30)
     assert made.refusal is None and made["LoRA"].bytes == measure(shape, training).adapters
 
