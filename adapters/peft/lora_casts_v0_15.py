@@ -122,10 +122,7 @@ ADAPTER = Adapter(
             positional=("x", "dtype"),
             fingerprints=("4a3b4031d316", "f8fd780187a6"),
         ),
-        *(
-            Relies(f"{_LAYER}:LoraLayer.{name}")
-            for name in ("active_adapters", "lora_A", "lora_dropout", "use_dora")
-        ),
+        *(Relies(f"{_LAYER}:LoraLayer.{name}") for name in ("active_adapters", "lora_A", "lora_dropout", "use_dora")),
         Relies(f"{_LAYER}:LoraLayer.lora_variant", versions=">=0.16"),
         Relies(f"{_LAYER}:LoraLayer.update_layer", contains=("nn.Identity()", "nn.Dropout(p=lora_dropout)")),
         Relies(f"{_LAYER}:Embedding"),

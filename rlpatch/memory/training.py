@@ -16,7 +16,8 @@ from rlpatch.memory.optimizers import UNKNOWN, Optimizer, Trainable, optimizer
 TILES, FULL = "tiles", "full"
 _TILE_TOKENS, _TILE_VOCAB = 4096, 32768  # trl/kernels/chunked_logprob.py TOKEN_CHUNK_SIZE, trl/trainer/utils.py
 _PIECE = 1 << 28  # rlpatch/precision/masters.py PIECE
-_READERS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}  # of one norm
+# what reads the same norm's output
+_READERS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 _LOGIT = 18  # bytes per logit at the peak of the full path: 16 measured with float32 logits, 2 for their bf16 gradient
 
 

@@ -45,7 +45,9 @@ def test_real_training_is_bit_for_bit_the_same(
         trainer.train()
         weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n}
         assert {p.dtype for p in weights.values()} == {torch.float32}
-        logs = [{k: row[k] for k in ("loss", "grad_norm", "reward")} for row in trainer.state.log_history if "loss" in row]
+        logs = [
+            {k: row[k] for k in ("loss", "grad_norm", "reward")} for row in trainer.state.log_history if "loss" in row
+        ]
         rlpatch.revert()
         assert not left_out or all(left_out)
         return weights, logs, len(left_out)

@@ -55,7 +55,7 @@ class Casts(TorchDispatchMode):
 
 
 def qwen(dtype: Any = torch.bfloat16, **config: Any) -> Any:
-    """A real Qwen3 in `dtype` with float32 adapters on all linear layers: q, k and v read one tensor, gate and up another."""
+    """A real Qwen3 in `dtype`, float32 adapters on all linear layers: q, k and v read one tensor, gate and up another."""
     torch.manual_seed(0)
     made = transformers.Qwen3Config(
         hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=100,
@@ -152,7 +152,9 @@ def dora() -> Any:
 def several() -> Any:
     model = qwen()
     torch.manual_seed(2)
-    model.add_adapter("more", peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj", "up_proj"], init_lora_weights=False))
+    model.add_adapter(
+        "more", peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj", "up_proj"], init_lora_weights=False)
+    )
     model.base_model.set_adapter(["default", "more"])
     return model.train()
 

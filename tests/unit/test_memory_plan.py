@@ -73,9 +73,12 @@ def test_an_h200_needed_no_more_and_not_much_less(name: str, rank: int, release:
     made = plan(
         EIGHT,
         Training(
-            rank=rank, batch=job["micro_batch"], prompt=job["prompt_tokens"], completion=job["completion_tokens"],
+            rank=rank,
+            batch=job["micro_batch"],
+            prompt=job["prompt_tokens"],
+            completion=job["completion_tokens"],
             input_casts=casts(result),
-        ),  # fmt: skip
+        ),
         Engine(max_num_seqs=job["completions"]),
         document["device"]["total_bytes"],
         margin=0,
@@ -248,7 +251,10 @@ def test_the_casts_of_a_lora_s_inputs() -> None:
     at the MLP's product no gradient of the input in float32."""
 
     def per_token(**how: Any) -> int:
-        made = [measure(EIGHT, Training(rank=32, batch=1, prompt=0, completion=8192, input_casts=c, **how)) for c in (1, 0)]
+        made = [
+            measure(EIGHT, Training(rank=32, batch=1, prompt=0, completion=8192, input_casts=c, **how))
+            for c in (True, False)
+        ]
         difference = made[0].layer - made[1].layer
         assert difference % 8192 == 0
         return difference // 8192
