@@ -410,7 +410,9 @@ class Colocation:
             return Decision(False, "no device memory to plan on the CPU (apply(memory_plan='8GiB') gives it a size)")
         parks = self.context.providers.get("park_optimizer")
         parking = self.context.park_optimizer if parks is not None and parks(self.budget.trainer) else False
-        budget = replace(self.budget, parking=parking, expanding=self._expanding())
+        left_out = self.context.providers.get("lora_casts")
+        casts = left_out is None or not left_out(self.budget.model)
+        budget = replace(self.budget, parking=parking, expanding=self._expanding(), input_casts=casts)
         return decide_memory(budget, arguments, room, release)
 
     def _expanding(self) -> bool | str:

@@ -222,11 +222,13 @@ class HeldRun(BenchRun):
     def _result(self, origin: float) -> dict[str, Any]:
         result = super()._result(origin)
         result.pop("timeline")
-        pairs = (result.pop("status") or {}).get("pairs") or [{}]
+        status = result.pop("status") or {}
+        pairs = status.get("pairs") or [{}]
         planned = pairs[0].get("memory_plan") or {}
         held = self._held(result["memory"]["by_phase"])
         return {
             **result,
+            "in_force": [one["capability"] for one in status.get("outcomes", ()) if one["state"] == "applied"],
             "plan": planned,
             "measured": held,
             "peaks": {"sections": self.peaks.sections, "after": self.peaks.after, **self.peaks.top},

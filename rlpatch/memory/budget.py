@@ -80,7 +80,7 @@ class Budget:
         trainer: TRL's; its ``args`` are read.
         model: What it trains, adapters around it or not.
         left_alone: The user left `SETTING` at TRL's default.
-        masters, residual: See `rlpatch.memory.describe`.
+        masters, residual, input_casts: See `rlpatch.memory.describe`.
         parking: Whether the optimizer's state waits in host memory between steps; ``"auto"``: if the plan does not fit
             without.
         expanding: Whether torch's allocator expands its segments, likewise.
@@ -93,6 +93,7 @@ class Budget:
     masters: bool = False
     residual: str | None = None
     head: str = TILES
+    input_casts: bool = True
     parking: bool | str = False
     expanding: bool | str = False
 
@@ -253,6 +254,7 @@ def _plan(
         budget.model,
         masters=budget.masters,
         residual=budget.residual,
+        input_casts=budget.input_casts,
         parked=parked,
         expanded=expanded or None,
         head=budget.head,

@@ -62,6 +62,10 @@ def parser() -> argparse.ArgumentParser:
     train = made.add_argument_group("training")
     train.add_argument("--lora", type=int, default=0, metavar="R", help="LoRA of rank R (default: the whole model)")
     train.add_argument("--lora-targets", default="all-linear", metavar="A,B", help="layers that it adapts (all-linear)")
+    train.add_argument(
+        "--lora-casts", action="store_true",
+        help="PEFT casts the adapters' inputs, as with exclude='lora_casts', dropout or DoRA (default: they are left out)",
+    )  # fmt: skip
     train.add_argument("--load-in-4bit", action="store_true", help="the base in bitsandbytes' 4 bits (QLoRA)")
     train.add_argument("--optim", default="adamw_torch_fused", help="transformers' name (default adamw_torch_fused)")
     train.add_argument(
@@ -149,6 +153,8 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
         raise UsageError(
             f"--lora {options.lora}: a rank above the model's hidden size {model.hidden} is no low-rank adapter"
         )
+    if options.lora_casts and not options.lora:
+        raise UsageError("--lora-casts: only with --lora R")
     if options.load_in_4bit and not options.lora:
         raise UsageError("--load-in-4bit: a 4-bit base cannot be trained itself; add --lora R")
     if options.precision != "bf16" and options.load_in_4bit:
@@ -184,6 +190,7 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
         targets=options.lora_targets if options.lora_targets == "all-linear"
         else tuple(name.strip() for name in options.lora_targets.split(",") if name.strip()),
         quantized=options.load_in_4bit,
+        input_casts=options.lora_casts or options.load_in_4bit,
         dtype="float32" if options.precision == "fp32" else "bfloat16",
         residual="float32" if options.precision == "masters" else None,
         masters=options.precision == "masters" and not options.lora,

@@ -42,6 +42,7 @@ def describe(
     prompt: int | None = None,
     masters: bool = False,
     residual: str | None = None,
+    input_casts: bool = True,
     parked: bool = False,
     expanded: bool | None = None,
     head: str = TILES,
@@ -56,6 +57,7 @@ def describe(
         prompt: Tokens of the longest prompt, where the config has no ``max_prompt_length``.
         masters: Float32 masters are kept beside shared 16-bit weights.
         residual: dtype that the residual stream is kept in under autocast, if not the model's (see `Training`).
+        input_casts: PEFT casts what adapters read, as it does by itself (see `Training`).
         parked: The optimizer's state waits in host memory between steps.
         expanded: torch's allocator expands its segments; None: as the environment says.
         head: ``"tiles"`` or ``"full"``, as this TRL computes log-probabilities (see `Training`).
@@ -109,6 +111,7 @@ def describe(
         autocast=autocast,
         compute=mixed if width(mixed) <= width(dtype) else dtype,
         residual=residual if autocast else None,
+        input_casts=input_casts,
         masters=masters and not adapters,
         optim="unknown" if own else _optim(_of(args, "optim", "adamw_torch_fused"), notes),
         parked=parked,

@@ -16,6 +16,8 @@ from rlpatch.memory.optimizers import UNKNOWN, Optimizer, Trainable, optimizer
 TILES, FULL = "tiles", "full"
 _TILE_TOKENS, _TILE_VOCAB = 4096, 32768  # trl/kernels/chunked_logprob.py TOKEN_CHUNK_SIZE, trl/trainer/utils.py
 _PIECE = 1 << 28  # rlpatch/precision/masters.py PIECE
+# what reads the same norm's output
+_READERS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 _LOGIT = 18  # bytes per logit at the peak of the full path: 16 measured with float32 logits, 2 for their bf16 gradient
 
 
@@ -33,6 +35,8 @@ class Training:
         compute: Of the activations (bf16=True: bfloat16).
         residual: Of the residual stream, if it is wider than `dtype` (rlpatch keeps plain scripts' in float32); None: not.
         autocast: It is autocast that makes them so; without it, float32 adapters compute in float32 beside a 16-bit base.
+        input_casts: Under autocast each adapted layer makes copies of a 16-bit input, as PEFT does by itself; False: the
+            adapters read the input as it is (capability ``lora_casts``).
         masters: Float32 copies of what is trained, beside weights in `dtype` that the engine shares.
         optim: transformers' name of the optimizer.
         parked: Its state is on the device only while it steps (`rlpatch.parking`).
@@ -62,6 +66,7 @@ class Training:
     compute: str = "bfloat16"
     residual: str | None = None
     autocast: bool = True
+    input_casts: bool = True
     masters: bool = False
     optim: str = "adamw_torch_fused"
     parked: bool = False
@@ -264,7 +269,9 @@ def layer_bytes(model: ModelShape, training: Training) -> tuple[int, int, int]:
     - attention: queries, keys, values and output, c(2q + 2k); norms of queries and keys (4 + c)(q + k)
     - MLP: gate, activation, up and product, 4ci; without a trained weight to feed, 3ci
     - a LoRA: every adapted layer's input once more (PEFT's ``_cast_input_dtype`` makes a float32 copy for each layer, of
-      which autocast saves a 16-bit one; without autocast the float32 copy itself is saved), and its rank
+      which autocast saves a 16-bit one; without autocast the float32 copy itself is saved), and its rank. With
+      `Training.input_casts` off a 16-bit input is saved itself: a norm's output once for all that read it, and the
+      attention's not again
     - sdpa: the mask of padded sequences, which torch turns into c bytes per pair of tokens in each layer (`mask_bytes`)
     - experts: per routed token its input and output ch each, and 4c times the expert's width
     """
@@ -310,15 +317,16 @@ def layer_bytes(model: ModelShape, training: Training) -> tuple[int, int, int]:
     if not full:
         names = {t.name for t in model.linears(training.targets)} if training.rank else set()
         per_layer = [t for t in model.tensors if t.kind == LINEAR and t.name in names and t.name != "lm_head"]
-        each = c if training.autocast else 4
-        saved += sum(t.inputs * each + 4 * max(training.rank, 1) for t in _distinct(per_layer))
+        places, each = _distinct(per_layer), c if training.autocast else 4
+        saved += 4 * max(training.rank, 1) * len(places)
+        saved += each * sum(t.inputs for t in _saved_inputs(places, training, mixed, fused))
     if mixed:
         saved = saved * 102 // 100  # rotary embeddings in float32 and the like
     if _plain(model):
         # At the MLP's product its gradient and the gate's are there; with a LoRA also the adapter's gradient of the input,
-        # in 16 bits and in float32. At the attention, the MLP's are gone.
+        # in 16 bits and in float32, unless it takes the input as it is. At the attention, the MLP's are gone.
         mlp_peak = 2 * c * model.intermediate
-        if not full and c < 4:
+        if not full and c < 4 and not _bare(training):
             mlp_peak += c * model.intermediate + 4 * c * h if training.autocast else 5 * c * h
         extra = max(mlp_peak, 8 * c * max(h, q) - 4 * c * model.intermediate)
         return saved, extra, stream * h
@@ -348,6 +356,27 @@ def _base_bytes(model: ModelShape, training: Training, stream: int) -> int:
     c = width(training.compute)
     edges, angle = (2 * stream + c * model.hidden, 4) if training.residual else (3 * stream, c)
     return edges + (c * model.hidden if training.full else 0) + 2 * angle * model.head_dim + 64
+
+
+def _bare(training: Training) -> bool:
+    """Whether adapters read 16-bit inputs as they are."""
+    return training.autocast and not training.input_casts and width(training.compute) < 4
+
+
+def _saved_inputs(tensors: list[Tensor], training: Training, mixed: bool, fused: bool) -> list[Tensor]:
+    """Of the adapted layers, one for each input that is kept for their sake.
+
+    `mixed`: norms' outputs are float32, of which autocast makes a copy for each layer that reads them.
+    """
+    if not _bare(training):
+        return tensors
+    kept: dict[tuple[str, int, int], Tensor] = {}
+    for t in tensors:
+        if t.name == "o_proj" and not fused:
+            continue  # behind fused projections, attention may have to copy its output
+        reader = t.name if mixed else _READERS.get(t.name, t.name)
+        kept[(reader, 0, 0) if reader in _READERS.values() else (t.name, t.inputs, t.outputs)] = t
+    return list(kept.values())
 
 
 def _distinct(tensors: list[Tensor]) -> list[Tensor]:
@@ -402,7 +431,9 @@ def measure(model: ModelShape, training: Training) -> TrainingBytes:
     if training.checkpointing:
         checkpoints, recomputed = model.layers * tokens * stream + base, layer + tokens * extra
     else:
-        checkpoints, recomputed = model.layers * layer + base, tokens * extra + scores
+        # all is still saved when the last norm is differentiated, in float32
+        norm = (24 if stream == 4 * model.hidden else 22) * model.hidden if width(training.compute) < 4 else 0
+        checkpoints, recomputed = model.layers * layer + base, tokens * max(extra, norm) + scores
     if training.quantized:  # bitsandbytes unpacks one weight at a time (`MatMul4Bit`)
         recomputed += max((t.elements for t in model.linears()), default=0) * width(training.compute)
     masters, step = 0, how.workspace_bytes(tensors)
@@ -455,12 +486,12 @@ def _edges(model: ModelShape, training: Training, tensors: tuple[Trainable, ...]
 
 
 def _widest(model: ModelShape, training: Training) -> int:
-    """Bytes per token of the largest tensor that a layer makes: an adapter's input in float32 (PEFT's cast), the MLP's
-    product, or a norm's float32 copy."""
+    """Bytes per token of the largest tensor that a layer makes: an adapter's input in float32 (PEFT's cast, if it is made),
+    the MLP's product, or a norm's float32 copy."""
     c, query = width(training.compute), model.heads * model.head_dim
     widths = [4 * model.hidden, c * model.intermediate, c * query]
     widths.append(c * model.experts_per_token * model.expert_intermediate)
-    if training.rank and training.adapter_dtype == "float32":
+    if training.rank and training.adapter_dtype == "float32" and not _bare(training):
         widths += [4 * t.inputs for t in model.linears(training.targets) if t.name != "lm_head"]
     return max(widths)
 

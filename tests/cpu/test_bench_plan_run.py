@@ -29,6 +29,7 @@ def test_the_plan_against_the_tiny_shape(tmp_path: Path) -> None:
     for name, terms in exact.items():
         result = document["settings"][f"tiny {name}"]["result"]
         assert result["plan"]["applied"] and not result["problems"]
+        assert {"share_weights", "memory_plan", "lora_casts"} <= set(result["in_force"])
         rows = {row["name"]: row for row in result["rows"]}
         assert terms <= set(rows)
         for term in terms:

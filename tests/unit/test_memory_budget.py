@@ -306,6 +306,14 @@ def test_the_optimizer_s_state_is_parked_where_the_plan_does_not_fit_otherwise()
     assert small.parked and small.plan is not None and small.plan.refusal is not None  # nearer, at least
 
 
+def test_the_plan_is_told_whether_adapters_cast() -> None:
+    own = budget(model=Adapted(), gradient_checkpointing=True)
+    made, bare = (decided(replace(own, input_casts=casts)).plan for casts in (True, False))
+    assert made is not None and bare is not None and bare.training < made.training
+    full = budget()
+    assert decided(replace(full, input_casts=False)).plan == decided(full).plan
+
+
 def test_segments_are_expanded_where_the_plan_does_not_fit_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     def expanding(expand: bool | str, length: int, park: bool | str = False, left_alone: bool = True) -> Decision:
         long = {"per_device_train_batch_size": 2, "max_completion_length": length, "gradient_checkpointing": True}

@@ -69,7 +69,7 @@ def test_the_optimizer_s_state_is_parked_where_it_does_not_fit_otherwise(capsys:
 
 
 def test_segments_are_expanded_where_it_does_not_fit_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
-    long = ("--attention", "flash", "--max-length", "49000")
+    long = ("--attention", "flash", "--max-length", "58000")
     here, auto = document(capsys, *long, "--no-expandable-segments"), document(capsys, *long)
     assert here["refusal"] and auto["refusal"] is None and "expands its segments" in auto["notes"][-1]
     assert auto == {**document(capsys, *long, "--expandable-segments"), "notes": auto["notes"]}
@@ -90,6 +90,7 @@ def test_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         document(capsys, "--lora", "0", "--beta", "0.1", "--gpu", "400GiB", "--precision", "masters")["refusal"] is None
     )
     assert document(capsys, "--load-in-4bit")["left_blocks"] > base["left_blocks"]
+    assert document(capsys, "--lora-casts")["training"] > base["training"]  # which `apply` leaves out
     assert document(capsys, "--full-logits")["training"] > base["training"]
     assert document(capsys, "--batch", "1")["sequences"] == 1
     assert base["sized_by"] == "all that rollouts can fill" and base["kv_tokens"] == 2 * 8192 + 256

@@ -40,6 +40,13 @@ def make(model: ModelShape = EIGHT, device: int = H200, engine: dict[str, Any] |
     return plan(model, how, Engine(**{"max_num_seqs": how.batch, **(engine or {})}), device)
 
 
+def casts(result: dict[str, Any]) -> bool:
+    """Whether PEFT cast the adapters' inputs when this was measured; results from before ``lora_casts`` do not name it."""
+    outcomes = (result.get("status") or {}).get("outcomes", ())
+    applied = {one["capability"] for one in outcomes if one["state"] == "applied"}
+    return "lora_casts" not in applied | set(result.get("in_force", ()))
+
+
 # ---- measured --------------------------------------------------------------------------------------------------------
 
 
@@ -65,7 +72,13 @@ def test_an_h200_needed_no_more_and_not_much_less(name: str, rank: int, release:
             twice = 0
     made = plan(
         EIGHT,
-        Training(rank=rank, batch=job["micro_batch"], prompt=job["prompt_tokens"], completion=job["completion_tokens"]),
+        Training(
+            rank=rank,
+            batch=job["micro_batch"],
+            prompt=job["prompt_tokens"],
+            completion=job["completion_tokens"],
+            input_casts=casts(result),
+        ),
         Engine(max_num_seqs=job["completions"]),
         document["device"]["total_bytes"],
         margin=0,
@@ -106,10 +119,12 @@ def test_every_term_is_near_what_an_h200_held(name: str, setting: str) -> None:
     if not file.is_file():
         pytest.skip("the bench's results are not packaged")
     document = json.loads(file.read_text())
-    job, measured = document["job"], document["settings"][f"{shape} {setting}"]["result"]["measured"]
+    job, result = document["job"], document["settings"][f"{shape} {setting}"]["result"]
+    measured = result["measured"]
     training = Training(
-        batch=job["micro_batch"], prompt=job["prompt_tokens"], completion=job["completion_tokens"], **SETTINGS[setting]
-    )
+        batch=job["micro_batch"], prompt=job["prompt_tokens"], completion=job["completion_tokens"],
+        input_casts=casts(result), **SETTINGS[setting],
+    )  # fmt: skip
     model = from_config(shapes()[shape])
     length = training.prompt + training.completion
     engine = Engine(max_num_seqs=job["completions"], max_model_len=length)
@@ -145,8 +160,10 @@ def test_the_longest_context_is_one_that_an_h200_trained(
     failed = min(attempt["tokens"] for attempt in attempts if not attempt["ok"])
     made = plan(
         from_config(shapes()[shape]),
-        # completions of one length need no mask
-        Training(batch=job["micro_batch"], prompt=job["prompt_tokens"], attention="flash", **training),
+        # completions of one length need no mask; the sweeps are from before `lora_casts`
+        Training(
+            batch=job["micro_batch"], prompt=job["prompt_tokens"], attention="flash", input_casts=True, **training
+        ),
         Engine(max_num_seqs=job["completions"], eager=True),
         80 * GIB,
         margin=0,
@@ -229,6 +246,27 @@ def test_what_is_only_there_when_asked_for() -> None:
     assert "LoRA slots" in slots and "fold" not in slots
 
 
+def test_the_casts_of_a_lora_s_inputs() -> None:
+    """By hand, per token of one layer in bf16: q, k and v share one input, gate and up another, and o's is the attention's;
+    at the MLP's product no gradient of the input in float32."""
+
+    def per_token(**how: Any) -> int:
+        made = [
+            measure(EIGHT, Training(rank=32, batch=1, prompt=0, completion=8192, input_casts=c, **how))
+            for c in (True, False)
+        ]
+        difference = made[0].layer - made[1].layer
+        assert difference % 8192 == 0
+        return difference // 8192
+
+    saved, peak = 2 * (3 * 4096 + 4096), 2 * 12288 + 4 * 2 * 4096
+    assert per_token() == saved + peak
+    # of a float32 residual stream autocast makes a copy for each layer; what is left is the attention's output
+    assert per_token(residual="float32") == pytest.approx(1.02 * 2 * 4096 + peak, abs=1)
+    assert per_token(autocast=False) == 0 == per_token(dtype="float32", compute="float32")
+    assert per_token(targets=("k_proj", "v_proj")) == 2 * 1 * 4096 + peak
+
+
 def test_four_bits() -> None:
     # 4096 × 4096: half a byte each, a uint8 scale per 64, a float32 per 256 scales, offset and codebooks
     assert quantized_bytes(1 << 24) == (1 << 23) + (1 << 18) + (1 << 10) * 4 + 1024 + 4 + 64
@@ -279,6 +317,7 @@ trainings = st.builds(
     reference=st.booleans(),
     masters=st.booleans(),
     residual=st.sampled_from([None, "float32"]),
+    input_casts=st.booleans(),
     head=st.sampled_from(["tiles", "full"]),
     attention=st.sampled_from(["sdpa", "flash", "eager"]),
     processes=st.sampled_from([1, 4]),
@@ -355,6 +394,15 @@ def test_no_part_is_negative_and_the_moments_are_within_the_sum(training: Traini
     assert min(*parts, sizes.settled, sizes.unsettled, sizes.largest) >= 0
     assert sizes.head_gradient + sizes.embedding_gradient <= sizes.gradients and sizes.head_weight <= sizes.head
     assert all(sum(moment.values()) <= sum(parts) for moment in sizes.moments.values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(trainings)
+def test_without_casts_nothing_takes_more(training: Training) -> None:
+    made, bare = (measure(SMALL, replace(training, input_casts=casts)) for casts in (True, False))
+    assert bare.checkpoints <= made.checkpoints and bare.layer <= made.layer and bare.largest <= made.largest
+    same = replace(made, checkpoints=bare.checkpoints, layer=bare.layer, largest=bare.largest)
+    assert same == bare and (bare == made or training.rank)
 
 
 @given(st.integers(0, 10**7), st.integers(1, 10**8), st.integers(-(10**9), 10**12), st.integers(0, 10**10))
