@@ -8,25 +8,25 @@ autocast, gradient checkpointing) and the loss's pass is not made: a quarter of 
 checkpointing.
 
 Scoring sees the rollout in the order of its prompts. Then ``_prepare_inputs`` shuffles it (``shuffle_sequence_dict``, a
-``torch.randperm`` of torch's CPU generator) and serves ``steps_per_generation`` micro-batches (``split_tensor_dict``), one
-per backward pass. For each to have a graph of its own, scoring foretells that permutation from a copy of the generator, and
-scores one micro-batch at a time, in TRL's order; what TRL gets back is in the order it gave. Every row is compared with what
-the loss asks for. Where a reward function drew random numbers in between the permutation is another one: what waits is let
-go, and the loss runs the model as TRL does.
+``torch.randperm`` of torch's CPU generator) and serves ``steps_per_generation`` micro-batches (``split_tensor_dict``),
+one per backward pass. For each to have a graph of its own, scoring foretells that permutation from a copy of the
+generator, and scores one micro-batch at a time, in TRL's order; what TRL gets back is in the order it gave. Every row is
+compared with what the loss asks for. Where a reward function drew random numbers in between the permutation is another
+one: what waits is let go, and the loss runs the model as TRL does.
 
-The first micro-batch takes no memory that its loss would not take. The others' graphs wait for their turn, so they are kept
-as far as the memory plan of the trainer's engine has room for them beside training's peak (`Plan.passes_beside`), with the KV
-cache released; without a plan only the first is. The first optimizer step is no exception: the plan counts the optimizer's
-state before it exists, and when it comes nothing waits any more. Where memory does not suffice all the same while scoring, what
-waits is let go, TRL's way is gone, and fewer wait from then on.
+The first micro-batch takes no memory that its loss would not take. The others' graphs wait for their turn, so they are
+kept as far as the memory plan of the trainer's engine has room for them beside training's peak (`Plan.passes_beside`),
+with the KV cache released; without a plan only the first is. The first optimizer step is no exception: the plan counts
+the optimizer's state before it exists, and when it comes nothing waits any more. Where memory does not suffice all the
+same while scoring, what waits is let go, TRL's way is gone, and fewer wait from then on.
 
 Nothing waits beyond an optimizer step, an evaluation, an exception or the end of training; log-probs of weights that have
-changed meanwhile are not used. An entropy, an auxiliary loss and the normalization of the loss are of the micro-batch, as in
-TRL.
+changed meanwhile are not used. An entropy, an auxiliary loss and the normalization of the loss are of the micro-batch, as
+in TRL.
 
-Left alone: a rollout that serves more than one optimizer step, a wrapped model (DDP and its kin count forward passes), dropout
-(two passes differ there, by intention or not), images (rows of the same tokens may differ in them), a loss of the script's
-own, Liger's fused loss, RLOO (its ratio is of sequences that may be some steps old).
+Left alone: a rollout that serves more than one optimizer step, a wrapped model (DDP and its kin count forward passes),
+dropout (two passes differ there, by intention or not), images (rows of the same tokens may differ in them), a loss of the
+script's own, Liger's fused loss, RLOO (its ratio is of sequences that may be some steps old).
 Delete when: TRL does it.
 """
 
@@ -201,7 +201,7 @@ def _in_micro_batches(
     vars(trainer)[_KEPT] = kept
     found: tuple[Any, ...] = ()
     logps: list[Any] = []
-    allowed, before = min(1, len(batches)), _allocated(ids.device)
+    allowed, before, most = 1, _allocated(ids.device), vars(trainer).get(_MOST, len(batches))
     while len(logps) < allowed:
         rows = batches[len(logps)]
         with torch.enable_grad(), trainer.compute_loss_context_manager(), _checkpointing(trainer):
@@ -209,7 +209,7 @@ def _in_micro_batches(
         kept.batches.append((ids[rows], mask[rows], found))
         logps.append(found[0].detach())
         each = (_allocated(ids.device) - before) // len(logps)
-        allowed = min(1 + _beside(trainer, ids[rows].numel(), each), len(batches), vars(trainer).get(_MOST, len(batches)))
+        allowed = min(1 + _beside(trainer, ids[rows].numel(), each), most, len(batches))
     if len(logps) < len(batches):
         rest = torch.cat(batches[len(logps) :])
         logps.append(wrapped(model, ids[rest], mask[rest], length, **others)[0])
@@ -310,7 +310,10 @@ ADAPTER = Adapter(
         Relies("trl.trainer.utils:shuffle_sequence_dict", contains=("permutation = torch.randperm(batch_size)",)),
         Relies(
             "trl.trainer.utils:split_tensor_dict",
-            contains=("chunk_size = first_tensor.shape[0] // num_chunks", "tensor[i * chunk_size : (i + 1) * chunk_size]"),
+            contains=(
+                "chunk_size = first_tensor.shape[0] // num_chunks",
+                "tensor[i * chunk_size : (i + 1) * chunk_size]",
+            ),
         ),
     ),
 )

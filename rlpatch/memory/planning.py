@@ -145,7 +145,9 @@ class Plan:
         """
         share = 1.0 if tokens is None else tokens / self.tokens
         fixed = sum(term.bytes for term in self.terms if term.name == "autocast copies")
-        grown = math.ceil((self.waiting - fixed) * max(share, share * share))  # a mask grows with the square of the length
+        grown = math.ceil(
+            (self.waiting - fixed) * max(share, share * share)
+        )  # a mask grows with the square of the length
         stays = self.training - self.moments[self.peak]
         passes = max(size for moment, size in self.moments.items() if moment != "step")
         return max(self.available - stays - passes, 0) // max(fixed + grown, least, 1)

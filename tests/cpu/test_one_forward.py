@@ -30,7 +30,9 @@ KEYS = ("loss", "grad_norm", "entropy", "reward", "sampling/sampling_logp_differ
 LEFT = ("_rlpatch_scor", "_rlpatch_most", "_rlpatch_told")
 
 
-def train(trainer_of: Any, one: bool, resume: Any = None, prepare: Any = None, **job: Any) -> tuple[list[dict[str, Any]], int, Any]:
+def train(
+    trainer_of: Any, one: bool, resume: Any = None, prepare: Any = None, **job: Any
+) -> tuple[list[dict[str, Any]], int, Any]:
     """The logs, the model's forward passes and the trainer."""
     trainer = trainer_of(apply={"one_forward": one, "defaults": False}, **job)
     calls: list[int] = []

@@ -371,7 +371,9 @@ def test_passes_that_wait_fit_beside_the_peak_by_hand() -> None:
     for count in (0, 1, 3):  # a device of just that size, where the byte before is one too few
         device = made.training + count * made.waiting
         exact = replace(made, available=device)
-        assert exact.passes_beside() == count and replace(made, available=device - 1).passes_beside() == max(count - 1, 0)
+        assert exact.passes_beside() == count and replace(made, available=device - 1).passes_beside() == max(
+            count - 1, 0
+        )
     without = make(**job, checkpointing=False)
     assert without.waiting > 5 * made.waiting and without.passes_beside() < made.passes_beside()
 
