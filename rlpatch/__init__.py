@@ -65,7 +65,7 @@ def apply(
             bytes: trainer and engine take no more of the device than that. None: ``RLPATCH_MEMORY_PLAN`` (yes, no, or a
             size), then True.
         one_forward: GRPO's loss takes the log-probs that scoring computed from the same weights instead of a second forward
-            pass, where each completion is used for one step. None: ``RLPATCH_ONE_FORWARD``, then True.
+            pass, where each completion is used for one optimizer step. None: ``RLPATCH_ONE_FORWARD``, then True.
         park_optimizer: The optimizer's state lies in host memory except while it steps: room for activations and for the KV
             cache, at the price of a copy out and one back per step. ``"auto"``: if the memory plan does not fit otherwise.
             None: ``RLPATCH_PARK_OPTIMIZER`` (yes, no or auto), then ``"auto"``.

@@ -100,6 +100,12 @@ def of_trainer(model: Any) -> Colocation | None:
     return next((pair for pair in live() if pair.owner is not None and pair.owner() is plain), None)
 
 
+def of_parameters(model: Any) -> list[Colocation]:
+    """Pairs whose trainer's tensors are parameters of `model`, oldest first."""
+    mine = {id(parameter) for parameter in model.parameters()}
+    return [pair for pair in live() if any(id(slot.tensor) in mine for slot in pair.slots)]
+
+
 def part_all() -> list[str]:
     """Part every live pair (see `Colocation.part`); returns a line per pair that could not be parted cleanly."""
     problems = []

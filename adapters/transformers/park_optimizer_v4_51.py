@@ -37,10 +37,9 @@ def _asked_for(trainer: Any) -> bool:
     """By the settings, or by the memory plan of the trainer's engine."""
     from rlpatch import phases
 
-    mine = {id(parameter) for parameter in trainer.model.parameters()}
-    pairs = [pair for pair in phases.live() if any(id(slot.tensor) in mine for slot in pair.slots)]
     return any(
-        pair.context.park_optimizer is True or (pair.memory is not None and pair.memory.parked) for pair in pairs
+        pair.context.park_optimizer is True or (pair.memory is not None and pair.memory.parked)
+        for pair in phases.of_parameters(trainer.model)
     )
 
 

@@ -153,6 +153,7 @@ class Decision:
             "training": made.training,
             "rollout_context": made.rollout_context,
             "training_context": made.training_context,
+            "passes_beside": made.passes_beside(),
             "refusal": made.refusal,
             "peak": made.peak,
             "moments": made.moments,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -249,6 +249,14 @@ def _plan(options: argparse.Namespace) -> tuple[ModelShape, Training, Plan]:
     return model, training, made
 
 
+def _waiting(made: Plan, training: Training) -> Iterator[tuple[str, str]]:
+    """Of a rollout of several micro-batches: how many forward passes the loss needs not make again (`one_forward`)."""
+    steps = training.generate_every or training.accumulation
+    if steps > 1 and training.accumulation % steps == 0:
+        kept = min(1 + made.passes_beside(), steps)
+        yield "scored once for both", f"{kept} of {steps} micro-batches; {show(made.waiting)} each while they wait"
+
+
 def _show(made: Plan, model: ModelShape, training: Training, console: Console) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -297,6 +305,7 @@ def _show(made: Plan, model: ModelShape, training: Training, console: Console) -
                 f"{made.rollout_context:,} tokens for each of {made.sequences} sequences at once",
             ),
             ("longest context in training", f"{made.training_context:,} tokens, {training.batch} sequences at once"),
+            *_waiting(made, training),
         ):
             console.print(Text.assemble((f"{label}: ", "bold"), text))
     for note in made.notes:

@@ -82,6 +82,8 @@ class Plan:
         sequences: Decoded at once.
         training_context: Tokens (prompt and completion) up to which training fits.
         needed_blocks: Blocks with which all `sequences` run at the planned length at once; more help prefixes only.
+        tokens: Of a micro-batch as planned, padding included.
+        waiting: What its forward pass keeps until its backward pass; see `passes_beside`.
         refusal: Why it does not fit: which term is too large, by how much, and what to do; None: it fits.
         estimated: The refusal rests on estimated terms of training alone: what is exact fits, and so does all the rest.
         warnings: What deserves attention.
@@ -105,6 +107,8 @@ class Plan:
     sequences: int
     training_context: int
     needed_blocks: int
+    tokens: int
+    waiting: int
     refusal: str | None = None
     estimated: bool = False
     warnings: tuple[str, ...] = ()
@@ -135,6 +139,25 @@ class Plan:
         """Tokens in the KV cache."""
         return self.kv_blocks * self.block_size
 
+    def passes_beside(self, tokens: int | None = None, least: int = 0) -> int:
+        """How many more forward passes can wait for their backward passes while one is at its peak, beside all that stays.
+
+        An optimizer's state that does not exist before the first step counts as what stays. What the optimizer needs for
+        its step does not count: nothing waits by then.
+
+        Args:
+            tokens: Of a micro-batch; None: as planned.
+            least: Bytes that such a pass was seen to keep.
+        """
+        share = 1.0 if tokens is None else tokens / self.tokens
+        fixed = sum(term.bytes for term in self.terms if term.name == "autocast copies")
+        grown = math.ceil(
+            (self.waiting - fixed) * max(share, share * share)
+        )  # a mask grows with the square of the length
+        stays = self.training - self.moments[self.peak]
+        passes = max(size for moment, size in self.moments.items() if moment != "step")
+        return max(self.available - stays - passes, 0) // max(fixed + grown, least, 1)
+
     def __getitem__(self, name: str) -> Term:
         return next(term for term in self.terms if term.name == name)
 
@@ -144,6 +167,7 @@ class Plan:
             **asdict(self),
             "terms": [{**asdict(term), "peak_bytes": term.peak_bytes} for term in self.terms],
             "peak": self.peak,
+            "passes_beside": self.passes_beside(),
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             "kv_left_bytes": self.kv_left_bytes,
             "kv_tokens": self.kv_tokens,
@@ -182,7 +206,7 @@ def plan(
     if utilization is not None and not (isinstance(utilization, (int, float)) and 0 < utilization <= 1):
         raise UsageError(f"gpu_memory_utilization={utilization!r}: expected a share of the device, above 0 and up to 1")
     available = max(device - others, 0)
-    terms, held, moments = _terms(model, training, engine, margin)
+    terms, held, moments, waiting = _terms(model, training, engine, margin)
     generating = sum(t.bytes for t in terms if t.resident != TRAINING)
     trains = sum(t.peak_bytes for t in terms if t.resident != GENERATING)
     weights = sum(t.bytes for t in terms if t.name in _WEIGHTS)
@@ -229,6 +253,8 @@ def plan(
         sequences=engine.max_num_seqs,
         training_context=_training_context(model, training, engine, available, margin),
         needed_blocks=per_sequence * engine.max_num_seqs + 1,
+        tokens=training.batch * training.length,
+        waiting=waiting,
         warnings=tuple(warnings),
         notes=(*model.notes, *_notes(training), *([f"{_ENDLESS}: {endless}"] if endless else [])),
     )
@@ -255,8 +281,9 @@ def _of(terms: tuple[Term, ...], name: str) -> int:
 
 def _terms(
     model: ModelShape, training: Training, engine: Engine, margin: int
-) -> tuple[tuple[Term, ...], int, dict[str, int]]:
-    """The terms of the table, the bytes held when the engine is about to be built, and the moments of training."""
+) -> tuple[tuple[Term, ...], int, dict[str, int], int]:
+    """The terms of the table, the bytes held when the engine is about to be built, the moments of training, and what a
+    forward pass keeps."""
     sizes = trainer.measure(model, training)
     length = engine.max_model_len or training.length
     shares = engine.shares and (training.quantized or training.dtype == engine.dtype)
@@ -373,7 +400,7 @@ def _terms(
         part=there.get("step", 0))  # fmt: skip
     add("margin", margin, BOTH, "stays free", "setting")
     held = sum(t.bytes for t in terms if t.name in _AT_START)
-    return tuple(terms), held, totals
+    return tuple(terms), held, totals, sizes.waiting
 
 
 _AT_START = (*_WEIGHTS, "fp32 masters", "LoRA", "reference model", "CUDA context", "NCCL")
@@ -396,7 +423,7 @@ def _training_context(model: ModelShape, training: Training, engine: Engine, ava
     """The longest sequence with which training fits, the prompt being what it is; 0: none."""
 
     def fits(completion: int) -> bool:
-        terms, _, _ = _terms(model, replace(training, completion=completion), engine, margin)
+        terms, *_ = _terms(model, replace(training, completion=completion), engine, margin)
         return sum(t.peak_bytes for t in terms if t.resident != GENERATING) <= available
 
     low, high = 0, max(model.positions - training.prompt, 0)

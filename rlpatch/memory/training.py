@@ -18,6 +18,7 @@ _TILE_TOKENS, _TILE_VOCAB = 4096, 32768  # trl/kernels/chunked_logprob.py TOKEN_
 _PIECE = 1 << 28  # rlpatch/precision/masters.py PIECE
 # what reads the same norm's output
 _READERS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+_KEPT = 64  # bytes per token of a completion: numbers of up to 8 bytes, some of them in two copies
 _LOGIT = 18  # bytes per logit at the peak of the full path: 16 measured with float32 logits, 2 for their bf16 gradient
 
 
@@ -130,6 +131,7 @@ class TrainingBytes:
         layer: The layer that is recomputed and differentiated, on top of `checkpoints`.
         head: LM head and log-probabilities at their peak, gradient of the head's weight included.
         head_weight: Of these, what the gradient of the head's weight takes (float32, and once more as wide as the weight).
+        head_kept: What LM head and log-probabilities keep from their forward to their backward pass.
         casts: bf16 copies of float32 weights that autocast keeps.
         embedding: What the end of a backward pass needs beside gradients: that of the residual stream, and where the
             embedding is the LM head, what both contribute before it is added up.
@@ -153,6 +155,7 @@ class TrainingBytes:
     layer: int
     head: int
     head_weight: int
+    head_kept: int
     casts: int
     embedding: int
     largest: int
@@ -185,6 +188,11 @@ class TrainingBytes:
             "embedding": {"gradients": self.gradients, "embedding": self.embedding},
             "step": {"gradients": self.gradients, "step": self.step, **fetched},
         }
+
+    @property
+    def waiting(self) -> int:
+        """What one forward pass keeps until its backward pass begins."""
+        return self.checkpoints + self.head_kept + self.casts
 
     @property
     def transient(self) -> int:
@@ -405,6 +413,15 @@ def head_bytes(model: ModelShape, training: Training) -> int:
     return tile + piece + weight + tokens * model.hidden * (c + 4 + c) + tokens * 7 * 4
 
 
+def head_kept_bytes(model: ModelShape, training: Training) -> int:
+    """What LM head and log-probabilities keep from the forward to the backward pass: float32 logits, or with tiles the
+    hidden states picked out; labels, log-sum-exps, log-probabilities, entropies and their mask."""
+    tokens = training.batch * training.completion
+    if training.head == FULL:
+        return training.batch * (training.completion + 1) * model.vocab * 4 + tokens * _KEPT
+    return tokens * (model.hidden * width(training.compute) + _KEPT)
+
+
 def head_weight_bytes(model: ModelShape, training: Training) -> int:
     """The gradient of the LM head's weight, in float32 and as wide as the weight; 0 under a LoRA."""
     return model.vocab * model.hidden * (4 + width(training.dtype)) if training.full else 0
@@ -464,6 +481,7 @@ def measure(model: ModelShape, training: Training) -> TrainingBytes:
         layer=recomputed,
         head=head_bytes(model, training),
         head_weight=head_weight_bytes(model, training) if training.head == TILES else 0,
+        head_kept=head_kept_bytes(model, training),
         casts=_casts(model, training, tensors),
         embedding=tied + tokens * (stream + 4 * model.hidden) if training.full else 0,
         largest=tokens * _widest(model, training),

@@ -251,6 +251,37 @@ def test_where_there_is_no_plan_status_says_why(
     assert cache_of(trainer).kv_cache_memory_bytes == 16 << 20
 
 
+@pytest.mark.parametrize("waiting", [0, 1, None])
+def test_forward_passes_wait_where_the_plan_has_room(build: Build, bare: None, waiting: int | None) -> None:
+    """Of four micro-batches' passes the loss takes one, and as many more as fit beside training's peak, at their length."""
+    if "vllm_importance_sampling_correction" not in trl.GRPOConfig.__dataclass_fields__:
+        pytest.skip("this TRL scores rollouts without the trainer's log-probs")
+    # planned for 4 × 144 tokens; these are shorter by far
+    fields = {"gradient_accumulation_steps": 4, "vllm_max_model_length": 144, "max_completion_length": 128}
+    size = 4 << 30
+    if waiting is not None:
+        trainer = build(size, **fields)
+        made = phases.live()[0].memory.plan  # type: ignore[union-attr]
+        assert made is not None and made.passes_beside() > 3
+        peak = max(size for moment, size in made.moments.items() if moment != "step")
+        size = made.training - made.moments[made.peak] + peak + waiting * made.waiting
+        rlpatch.revert()
+        del trainer
+    trainer = build(size, generation_kwargs={"max_tokens": 60}, **fields)
+    tokens: list[int] = []
+    trainer.model.register_forward_pre_hook(
+        lambda _, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    trainer.train()
+    made = phases.live()[0].memory.plan  # type: ignore[union-attr]
+    assert made is not None and planned()["passes_beside"] == made.passes_beside()
+    if waiting is not None:
+        assert made.passes_beside() == waiting and made.tokens > 2 * tokens[0]
+    kept = 1 + min(made.passes_beside(tokens[0]), 3)
+    assert kept == {0: 1, 1: 3, None: 4}[waiting]
+    assert len(tokens) == 8 - kept
+
+
 @pytest.mark.parametrize(
     ("setting", "size", "unexpanded"),
     [

@@ -405,6 +405,65 @@ def test_without_casts_nothing_takes_more(training: Training) -> None:
     assert same == bare and (bare == made or training.rank)
 
 
+# ---- forward passes that wait for their backward passes ---------------------------------------------------------------
+
+
+def test_passes_that_wait_fit_beside_the_peak_by_hand() -> None:
+    """8B with a LoRA, 8 × 576 tokens: 36 layers' inputs of 8 KiB a token are 1.27 GiB; the rest is edges, picked hidden
+    states, and the adapters' weights that autocast copied."""
+    job: dict[str, Any] = {"rank": 32, "completion": 512, "accumulation": 8}
+    made = make(**job)
+    inputs = 36 * 8 * 576 * 4096 * 2
+    assert made.tokens == 8 * 576 and inputs < made.waiting < 1.3 * inputs
+    assert made.peak != "step" and made.passes_beside() == (made.available - made.training) // made.waiting > 50
+    for count in (0, 1, 3):  # a device of just that size, where the byte before is one too few
+        device = made.training + count * made.waiting
+        exact = replace(made, available=device)
+        assert exact.passes_beside() == count and replace(made, available=device - 1).passes_beside() == max(
+            count - 1, 0
+        )
+    without = make(**job, checkpointing=False)
+    assert without.waiting > 5 * made.waiting and without.passes_beside() < made.passes_beside()
+
+
+def test_what_the_optimizer_needs_does_not_keep_passes_from_waiting() -> None:
+    """Nothing waits when it steps; state that is resident counts, also before it exists."""
+    made = make(completion=256, accumulation=2, optim="adamw_torch", expandable_segments=True)
+    parked = make(completion=256, accumulation=2, optim="adamw_torch", expandable_segments=True, parked=True)
+    assert made.peak == parked.peak == "step"
+    others = max(size for name, size in made.moments.items() if name != "step")
+    room = made.available - (made.training - made.moments["step"]) - others
+    assert made.passes_beside() == room // made.waiting > (made.available - made.training) // made.waiting
+    assert (parked.passes_beside() - made.passes_beside() + 1) * made.waiting > made["optimizer state"].bytes
+
+
+def test_shorter_micro_batches_leave_room_for_more() -> None:
+    made = make(rank=32, completion=960, accumulation=8, checkpointing=False, batch=2)
+    fixed = made["autocast copies"].bytes
+    whole = made.passes_beside()
+    assert made.passes_beside(made.tokens) == whole > 0
+    half = made.passes_beside(made.tokens // 2)
+    assert 2 * whole <= half <= 2 * whole + 1 and 0 < fixed < made.waiting / 10
+    assert made.passes_beside(2 * made.tokens) <= whole / 4 + 1
+    assert made.passes_beside(least=2 * made.waiting) <= whole / 2 < whole  # it was seen to keep more
+    assert made.passes_beside(least=1) == whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(trainings, engines, st.integers(MIB, 200 * GIB), st.integers(1, 10**6))
+def test_passes_that_wait_are_within_the_device(training: Training, engine: Engine, device: int, tokens: int) -> None:
+    made = plan(SMALL, training, engine, device)
+    count = made.passes_beside()
+    assert 0 <= count and made.passes_beside(tokens) >= 0
+    stays = made.training - made.moments[made.peak]
+    for moment, size in made.moments.items():
+        if count and moment != "step":
+            assert stays + size + count * made.waiting <= made.available
+    if made.training > made.available and made.peak != "step":
+        assert count == 0
+    assert made.as_dict()["passes_beside"] == count
+
+
 @given(st.integers(0, 10**7), st.integers(1, 10**8), st.integers(-(10**9), 10**12), st.integers(0, 10**10))
 def test_blocks_that_come_back_fit(wanted: int, block: int, free: int, margin: int) -> None:
     got = fit_blocks(wanted, block, free, margin)

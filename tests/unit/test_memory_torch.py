@@ -24,7 +24,7 @@ from rlpatch.memory import Engine, Training, describe, from_config, plan_for  # 
 from rlpatch.memory import training as training_sizes  # noqa: E402
 from rlpatch.memory.engine import kv_block_bytes  # noqa: E402
 from rlpatch.memory.optimizers import Trainable, optimizer  # noqa: E402
-from rlpatch.memory.training import head_bytes, layer_bytes, measure, quantized_bytes, trainables  # noqa: E402
+from rlpatch.memory.training import head_bytes, head_kept_bytes, layer_bytes, measure, quantized_bytes, trainables  # noqa: E402
 from rlpatch.patching import PatchSet  # noqa: E402
 from rlpatch.precision import masters  # noqa: E402
 from rlpatch.registry import Context  # noqa: E402
@@ -442,10 +442,34 @@ def test_trls_log_probabilities_peak_as_planned(
     stub = SimpleNamespace(accelerator=SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False)))
     live = Live(*model.parameters(), *model.buffers(), hidden, ids)
     with live:
-        logps, _, _ = real(stub, model, ids, torch.ones_like(ids), completion, compute_entropy=True)
+        logps, entropies, _ = real(stub, model, ids, torch.ones_like(ids), completion, compute_entropy=True)
+        kept = live.now
         logps.sum().backward()
-    planned = head_bytes(shape_of(model), Training(rank=0 if trained else 1, batch=batch, completion=completion))
+    training = Training(rank=0 if trained else 1, batch=batch, completion=completion)
+    planned = head_bytes(shape_of(model), training)
     assert 0.99 * live.peak <= planned <= 1.1 * live.peak
+    assert kept <= head_kept_bytes(shape_of(model), training) <= 1.3 * kept and entropies is not None
+
+
+@pytest.mark.parametrize(("batch", "completion", "vocab"), [(2, 64, 4096), (4, 256, 4096), (2, 64, 70000)])
+def test_all_logits_keep_what_is_planned(batch: int, completion: int, vocab: int) -> None:
+    """As releases before 1.15 compute log-probs, from their own function: the oldest loss path that is still there."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    hidden = torch.randn(batch, completion + 1, 64, requires_grad=True)
+    weight = torch.randn(vocab, 64, requires_grad=True)
+    ids = torch.randint(0, vocab, (batch, completion))
+    live = Live(hidden, weight, ids)
+    with live:
+        logits = (hidden @ weight.T)[:, :-1]
+        logits.div_(0.9)
+        logps = utils.selective_log_softmax(logits, ids)
+        with torch.no_grad():
+            entropies = utils.entropy_from_logits(logits)
+        del logits
+        kept = live.now
+    model = build("qwen3", "meta", 1, vocab_size=vocab)
+    planned = head_kept_bytes(shape_of(model), Training(batch=batch, completion=completion, head="full"))
+    assert kept <= planned <= 1.02 * kept and logps.requires_grad and entropies.shape == ids.shape
 
 
 # ---- a live trainer --------------------------------------------------------------------------------------------------
