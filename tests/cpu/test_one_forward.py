@@ -218,8 +218,8 @@ SEVERAL: dict[str, tuple[int, dict[str, Any]]] = {  # those that wait beside the
 
 @pytest.mark.parametrize("case", list(SEVERAL))
 def test_micro_batches_of_one_step(trainer_of: Any, bare: None, beside: Any, case: str) -> None:
-    """Each that waits saves a pass. What the loss takes is what its own pass would have been, bit for bit; the old log-probs,
-    whose rows TRL scores in other company, may round otherwise (they did not where this was written)."""
+    """Each that waits saves a pass. What the loss takes is what its own pass would have been, bit for bit; the old
+    log-probs, whose rows TRL scores in other company, may round otherwise (they did not where this was written)."""
     wait, job = SEVERAL[case]
     job = {"steps": 3, **job}
     beside(wait)
@@ -403,12 +403,21 @@ def test_a_training_goes_on(trainer_of: Any, bare: None, beside: Any, tmp_path: 
     assert before == 2 * 4 and passes == 2 * 2 and alike(rows, expected)
 
 
-def test_a_pass_that_was_seen_to_keep_more_than_planned() -> None:
-    """On a device, what the first micro-batch took counts for the next ones. No CPU tells it: the adapter's own functions."""
+def test_what_passes_were_seen_to_keep(trainer_of: Any, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device it counts for the next ones. No CPU tells it: its memory is a stand-in that grows by 7, then by 9."""
     from rlpatch.adapters.trl import one_forward_v0_23 as adapter
 
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert adapter._allocated(cpu) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "memory_allocated", lambda device: 7 if device == cuda else 0)
-        assert adapter._allocated(cuda) == 7
+    assert adapter._allocated(torch.device("cpu")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
+        assert adapter._allocated(torch.device("cuda")) == 5
+    memory, seen = iter([100, 107, 116]), []
+
+    def beside(trainer: Any, tokens: int, each: int) -> int:
+        seen.append(each)
+        return 1
+
+    monkeypatch.setattr(adapter, "_allocated", lambda device: next(memory))
+    monkeypatch.setattr(adapter, "_beside", beside)
+    _, passes, _ = train(trainer_of, True, steps=1, **several(4))
+    assert seen == [7, 8] and passes == 4 + 2

@@ -454,7 +454,7 @@ def test_shorter_micro_batches_leave_room_for_more() -> None:
 def test_passes_that_wait_are_within_the_device(training: Training, engine: Engine, device: int, tokens: int) -> None:
     made = plan(SMALL, training, engine, device)
     count = made.passes_beside()
-    assert 0 <= count and made.passes_beside(tokens) >= 0
+    assert count >= 0 and made.passes_beside(tokens) >= 0
     stays = made.training - made.moments[made.peak]
     for moment, size in made.moments.items():
         if count and moment != "step":
