@@ -38,7 +38,7 @@ def _probe() -> str | None:
 ADAPTER = Adapter(
     capability="checkpoint_names",
     library="transformers",
-    versions=">=5.5,<5.24",
+    versions=">=5.5,<5.25",
     module="transformers.modeling_utils",
     probe=_probe,
     provides=checkpoint_names,

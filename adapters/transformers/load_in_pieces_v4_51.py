@@ -32,7 +32,7 @@ def _patches(context: Context) -> list[Patch]:
 ADAPTER = Adapter(
     capability="load_in_pieces",
     library="transformers",
-    versions=">=4.51,<5.24",
+    versions=">=4.51,<5.25",
     module="transformers.modeling_utils",
     patches=_patches,
     relies_on=(Relies("transformers.modeling_utils:caching_allocator_warmup", positional=("model",)),),

@@ -81,7 +81,7 @@ def _probe() -> str | None:
 ADAPTER = Adapter(
     capability="master_weights",
     library="transformers",
-    versions=">=4.51,<5.24",
+    versions=">=4.51,<5.25",
     module="transformers.trainer",
     probe=_probe,
     patches=_patches,

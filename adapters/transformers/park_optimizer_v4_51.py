@@ -68,7 +68,7 @@ def _patches(context: Context) -> list[Patch]:
 ADAPTER = Adapter(
     capability="park_optimizer",
     library="transformers",
-    versions=">=4.51,<5.24",
+    versions=">=4.51,<5.25",
     module="transformers.trainer",
     provides=parks,
     patches=_patches,

@@ -113,16 +113,17 @@ def _train(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 @contextlib.contextmanager
 def _checkpointing(trainer: Any) -> Iterator[None]:
-    """As in training; TRL switches it off around scoring."""
+    """As in training; TRL switches it off around scoring. transformers 5.24 calls it activation checkpointing, and warns."""
     model = trainer.model
-    off = trainer.args.gradient_checkpointing and not model.is_gradient_checkpointing
+    name = "activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "gradient_checkpointing"
+    off = trainer.args.gradient_checkpointing and not getattr(model, f"is_{name}")
     if off:
-        model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        getattr(model, f"{name}_enable")(trainer.args.gradient_checkpointing_kwargs)
     try:
         yield
     finally:
         if off:
-            model.gradient_checkpointing_disable()
+            getattr(model, f"{name}_disable")()
 
 
 def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
