@@ -225,6 +225,7 @@ def test_an_interrupted_run_keeps_and_shows_what_it_has(
     monkeypatch.setattr(bench, "Runner", FakeRunner)
     monkeypatch.setattr(bench, "device_facts", lambda: {"cuda": False, "name": "CPU"})
     monkeypatch.setattr(bench, "checkpoint", lambda *given: "folder")
+    monkeypatch.setattr("rlpatch.versions.installed", lambda name: SimpleNamespace(present=True, version="1"))
     out = tmp_path / "starts.json"
     before = signal.getsignal(signal.SIGTERM)
     assert bench.main(["--settings", "default,quick", "--cold", "--repeat", "2", "--out", str(out)]) == 1
