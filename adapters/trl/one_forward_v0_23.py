@@ -113,7 +113,7 @@ def _train(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 @contextlib.contextmanager
 def _checkpointing(trainer: Any) -> Iterator[None]:
-    """As in training; TRL switches it off around scoring. transformers 5.24 calls it activation checkpointing, and warns."""
+    """As in training; TRL switches it off around scoring. transformers 5.24 has a new name for it, and warns of the old."""
     model = trainer.model
     name = "activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "gradient_checkpointing"
     off = trainer.args.gradient_checkpointing and not getattr(model, f"is_{name}")
