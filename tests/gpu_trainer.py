@@ -24,20 +24,22 @@ SHAPE = dict(
 
 def patched_trainer(
     folder: Path,
-    kv_bytes: int,
+    kv_bytes: int | None,
     steps: int = 4,
     lora: Any = None,
     from_path: bool = False,
     eager: bool = False,
+    compile: str | None = None,
     **config: Any,
 ) -> Iterator[Any]:
     """The body of a fixture: GRPO under rlpatch, `kv_bytes` of KV cache, in bfloat16; `from_path` as in plain scripts.
 
-    `eager`: no CUDA graphs, whose memory torch counts as cached.
+    `kv_bytes`: None: what the utilization gives, so that there is a memory plan. `eager`: no CUDA graphs, whose memory
+    torch counts as cached. `compile`: see `rlpatch.apply`.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     model = tiny.write_model(folder, "qwen3", words=4000, dtype="bfloat16", **SHAPE)
-    rlpatch.apply(strict=True, defaults=False)
+    rlpatch.apply(strict=True, defaults=False, compile=compile)
     job = worker.Job(
         str(model),
         True,
