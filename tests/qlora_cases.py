@@ -265,7 +265,7 @@ def test_a_stale_adapter_would_be_seen(trainer: Any) -> None:
     sampled = generate(trainer, temperature=1.0)
     old = disturb(trainer, seed=2)
     try:
-        assert distance(trainer, *sampled) > 0.2
+        assert distance(trainer, *sampled) > 0.15  # of the bound, 0.1, and of what the tests above see, 0.01
     finally:
         put(trainer, old)
 
