@@ -121,7 +121,7 @@ class Plan:
 
     @property
     def tight(self) -> bool:
-        """Whether training leaves less than what torch's allocator can tear beyond the plan: a twentieth of the device."""
+        """Whether training leaves less than a twentieth of the device: what torch's allocator tears is an estimate."""
         return self.available - self.training < _TIGHT_SHARE * self.device
 
     @property
@@ -151,9 +151,8 @@ class Plan:
         """
         share = 1.0 if tokens is None else tokens / self.tokens
         fixed = sum(term.bytes for term in self.terms if term.name == "autocast copies")
-        grown = math.ceil(
-            (self.waiting - fixed) * max(share, share * share)
-        )  # a mask grows with the square of the length
+        # a mask grows with the square of the length
+        grown = math.ceil((self.waiting - fixed) * max(share, share * share))
         stays = self.training - self.moments[self.peak]
         passes = max(size for moment, size in self.moments.items() if moment != "step")
         return max(self.available - stays - passes, 0) // max(fixed + grown, least, 1)
