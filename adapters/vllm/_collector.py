@@ -1,37 +1,52 @@
 """Python's garbage collector while an engine is built in the trainer's process.
 
-Capturing a CUDA graph allocates many small objects, each allocation may start a collection, and a full one walks every
-container in the process: here the trainer's, too. Freezing moves all of them out of the collector's sight, switching it
-off keeps it from starting. Nothing of this outlives the capture, whatever happens in it.
+A full collection walks every container in the process: here the trainer's, too. vLLM asks for a dozen of them while it
+builds an engine (``MemorySnapshot``, ``memory_profiling``, ``CuMemAllocator``, the capture, ``freeze_gc_heap``), and
+capturing a CUDA graph allocates many small objects, each of which may start another. Freezing moves what is there out of
+the collector's sight, switching it off keeps it from starting. Nothing of this outlives the build, whatever happens in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import logging
 from collections.abc import Iterator
 from typing import Any
 
-from rlpatch.adapters.vllm._platform import has
 from rlpatch.patching import Patch
 from rlpatch.versions import environment_flag
 
 logger = logging.getLogger("rlpatch")
 
 
+_SWITCH = "VLLM_ENABLE_CUDAGRAPH_GC"  # vLLM's own: leave the collector alone
+_INTERPRETERS = 1000  # more than an interpreter itself freezes when it starts (Python 3.12: 375); nobody needs those frozen
+_held: int | None = None  # objects that `_build` has frozen until the engine is there
+
+
+def _frozen() -> int:
+    count = gc.get_freeze_count()
+    return count if count > _INTERPRETERS else 0
+
+
+def _hold() -> None:
+    global _held
+    gc.freeze()
+    _held = gc.get_freeze_count()
+
+
 @contextlib.contextmanager
 def at_rest() -> Iterator[None]:
     """Collect once, then neither collect nor look at what exists now until the end of the block.
 
-    ``VLLM_ENABLE_CUDAGRAPH_GC=1``, vLLM's own switch, leaves the collector alone. What was frozen before stays so: the
-    collector cannot thaw a part, so nothing is added to it then.
+    ``VLLM_ENABLE_CUDAGRAPH_GC=1`` leaves the collector alone. What was frozen before stays so: the collector cannot thaw a
+    part, so nothing is added to it then.
     """
-    if environment_flag("VLLM_ENABLE_CUDAGRAPH_GC"):
+    if environment_flag(_SWITCH):
         yield
         return
-    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
+    enabled, frozen = gc.isenabled(), _frozen()
     gc.collect()
     if not frozen:
         gc.freeze()
@@ -41,6 +56,8 @@ def at_rest() -> Iterator[None]:
     finally:
         if not frozen:
             gc.unfreeze()
+        elif _held is not None and not _frozen():  # vLLM's own rest inside of this one ends with thawing all
+            _hold()
         if enabled:
             gc.enable()
 
@@ -56,19 +73,27 @@ _kept: dict[int, Any] = {}
 
 
 def _build(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    frozen = gc.get_freeze_count()
+    global _held
+    before = _frozen()
+    holds = not before and not environment_flag(_SWITCH)
+    if holds:
+        gc.collect()  # what is garbage now may hold the device's memory, which vLLM is about to measure
+        _hold()
     try:
         return wrapped(*args, **kwargs)
     finally:
-        added = gc.get_freeze_count() - frozen
-        if not frozen and added > 0:
+        added = _frozen() - (_held if holds and _held is not None else before)
+        if holds:
+            _held = None
+        if not before:
             gc.unfreeze()
-            _kept[id(instance)] = instance
-        elif frozen and added > 0:
+            if added > 0:
+                _kept[id(instance)] = instance
+        elif added > 0:
             logger.info(
                 "rlpatch: vLLM froze %d objects, which are never collected now; they stay frozen, because %d were before "
                 "and the collector cannot thaw a part (call gc.unfreeze() before the engine is built)",
-                added, frozen,
+                added, before,
             )  # fmt: skip
 
 
@@ -85,9 +110,3 @@ CAPTURE_V1 = Patch("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.capture_mo
 V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 CAPTURE_V2 = Patch(V2_RUNNER, "GPUModelRunner.capture_model", _capture)
 
-
-def rests_itself() -> bool:
-    """Whether vLLM rests the collector for both runners."""
-    if not has("vllm.utils.gc_utils"):
-        return False
-    return hasattr(importlib.import_module("vllm.utils.gc_utils"), "freeze_gc_for_cudagraph_capture")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import shutil
 import signal
@@ -30,6 +29,7 @@ from rlpatch.bench.processes import BenchError, Runner, checkpoint, device_facts
 from rlpatch.bench.report import figure, own_version, render, said, told_environment, write_json
 from rlpatch.bench.start import CAPTURE, OTHER, PHASES, START, StartJob, caches_in
 from rlpatch.compilation.profiles import PROFILES, SETTINGS, named
+from rlpatch.compilation.workers import cores
 from rlpatch.errors import UsageError
 
 SCHEMA = 1
@@ -179,7 +179,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         "command": "python -m rlpatch.bench.compile " + said(argv),
         "versions": {"rlpatch": own_version(), "python": sys.version.split()[0], **versions},
         "environment": told_environment(),
-        "device": {**device, "cores": os.cpu_count()},
+        "device": {**device, "cores": cores()},
         "model": title,
         "job": {k: v for k, v in asdict(job).items() if k not in ("variant", "model", "output", "caches")},
         "settings": {name: {COLD: [], WARM: []} for name in options.settings},

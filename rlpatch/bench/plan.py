@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from rlpatch.bench.command import split
 from rlpatch.bench.held import HeldJob
 from rlpatch.bench.processes import BenchError, Runner, ballast, checkpoint, device_facts, failure
 from rlpatch.bench.report import LIBRARIES, gib, own_version, render, said, write_json
+from rlpatch.compilation.workers import cores
 
 SCHEMA = 1
 
@@ -159,7 +159,7 @@ def _bench(options: argparse.Namespace, argv: Sequence[str], scratch: Path) -> i
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m rlpatch.bench.plan " + said(argv),
         "versions": {"rlpatch": own_version(), "python": sys.version.split()[0], **versions},
-        "device": {**device, "emulated_gib": options.emulate_gib, "cores": os.cpu_count()},
+        "device": {**device, "emulated_gib": options.emulate_gib, "cores": cores()},
         "job": {k: v for k, v in asdict(job).items() if k not in ("variant", "model", "output", "setting")},
         "settings": {},
     }

@@ -254,7 +254,8 @@ class Start:
         prompts = [{"prompt_token_ids": tokenizer(text)["input_ids"]} for text in texts]
 
         def roll(count: int, tokens: int, temperature: float) -> tuple[float, list[list[int]]]:
-            settings = SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True, seed=job.seed)
+            # what TRL asks for: the log-prob of the sampled token, and no seed of a request's own
+            settings = SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True, logprobs=0)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             began = time.perf_counter()

@@ -253,9 +253,10 @@ CLAIMS = (
     Claim("collector_v0_9", "<0.12", V2, "", there=False),
     Claim("collector_v0_12", ">=0.12,<0.30", V2, "GPUModelRunner.capture_model", (), has=("gc.collect()",),
           lacks=("gc.freeze", "gc.disable", "freeze_gc")),
-    Claim("collector_v0_30", ">=0.30", "utils/gc_utils.py", "freeze_gc_for_cudagraph_capture", has=("gc.disable()",)),
-    Claim("collector_v0_30", ">=0.30", V2, "GPUModelRunner.capture_model", has=("freeze_gc_for_cudagraph_capture()",)),
-    Claim("collector_v0_30", ">=0.30", RUNNER, "GPUModelRunner._freeze_gc", has=("freeze_gc_for_cudagraph_capture",)),
+    Claim("collector_v0_12", ">=0.30", "utils/gc_utils.py", "freeze_gc_for_cudagraph_capture",
+          has=("gc.disable()", "gc.unfreeze()")),
+    Claim("collector_v0_12", ">=0.30", V2, "GPUModelRunner.capture_model", has=("freeze_gc_for_cudagraph_capture()",)),
+    Claim("collector_v0_12", ">=0.30", RUNNER, "GPUModelRunner._freeze_gc", has=("freeze_gc_for_cudagraph_capture",)),
     Claim("_collector", ">=0.11.1", CORE, "EngineCore.__init__", has=("freeze_gc_heap()",)),
     Claim("_collector", "<0.11.1", CORE, "EngineCore.__init__", lacks=("freeze_gc_heap",)),
     # ---- the CPU backend's packed weights ----
@@ -419,8 +420,8 @@ SERVED = {
     "0.16.0": "weights_v0_10 standby_v0_9 lora_slots_v0_12 collector_v0_12",
     "0.17.0": "weights_v0_17 standby_v0_17 lora_slots_v0_12 collector_v0_12",
     "0.29.0": "weights_v0_17 standby_v0_17 lora_slots_v0_12 collector_v0_12",
-    "0.30.0": "weights_v0_17 standby_v0_17 lora_slots_v0_12 collector_v0_30",
-    "0.33.0": "weights_v0_17 standby_v0_31 lora_slots_v0_12 collector_v0_30",
+    "0.30.0": "weights_v0_17 standby_v0_17 lora_slots_v0_12 collector_v0_12",
+    "0.33.0": "weights_v0_17 standby_v0_31 lora_slots_v0_12 collector_v0_12",
 }
 
 
