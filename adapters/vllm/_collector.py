@@ -21,7 +21,9 @@ logger = logging.getLogger("rlpatch")
 
 
 _SWITCH = "VLLM_ENABLE_CUDAGRAPH_GC"  # vLLM's own: leave the collector alone
-_INTERPRETERS = 1000  # more than an interpreter itself freezes when it starts (Python 3.12: 375); nobody needs those frozen
+_INTERPRETERS = (
+    1000  # more than an interpreter itself freezes when it starts (Python 3.12: 375); nobody needs those frozen
+)
 _held: int | None = None  # objects that `_build` has frozen until the engine is there
 
 
@@ -109,4 +111,3 @@ SHUTDOWN = Patch("vllm.v1.engine.core_client", "InprocClient.shutdown", _shutdow
 CAPTURE_V1 = Patch("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.capture_model", _capture)
 V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 CAPTURE_V2 = Patch(V2_RUNNER, "GPUModelRunner.capture_model", _capture)
-

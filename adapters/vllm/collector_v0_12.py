@@ -2,8 +2,8 @@
 
 ``v1/worker/gpu_model_runner.py`` freezes the heap for its capture and switches the collector off since 0.28 only;
 ``v1/worker/gpu/model_runner.py`` (Model Runner V2, first in 0.12, the default for dense models from 0.22) collects once
-before and does neither. 0.30 has ``utils/gc_utils.freeze_gc_for_cudagraph_capture`` for both, which thaws all that is frozen
-when it ends: both runners are wrapped there, too, so that what is frozen for the build is frozen again.
+before and does neither. 0.30 has ``utils/gc_utils.freeze_gc_for_cudagraph_capture`` for both, which thaws all frozen
+objects when it ends: both runners are wrapped there, too, so that what is frozen for the build is frozen again.
 ``EngineCore.__init__`` ends with ``freeze_gc_heap``, since 0.23 the worker's warm-up as well: in the trainer's process that
 keeps whatever garbage there is by then from being collected, cyclic modules with their tensors among it, until the engine
 shuts down. All thaws when the engine is built.

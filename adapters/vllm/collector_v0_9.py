@@ -1,4 +1,4 @@
-"""The trainer's objects are out of the collector's sight while an engine is built; it rests during captures (0.9.2 to 0.11).
+"""The trainer's objects are out of the collector's sight while an engine is built; it rests in captures (0.9.2 to 0.11).
 
 ``GPUModelRunner.capture_model`` (v1/worker/gpu_model_runner.py) does nothing about the collector in 0.9.2 and freezes the
 heap since 0.10.0, but leaves collecting on: a Triton kernel that is finalized during the capture invalidates the graph

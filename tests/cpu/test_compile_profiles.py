@@ -59,7 +59,10 @@ def expected(shallow: str) -> list[list[int]]:
         rlpatch.revert()
 
 
-@pytest.mark.parametrize("profile", ["fast-start", "default", "throughput", "decode-graphs"])
+SINGLE = "workers,capture-sizes,static-size"
+
+
+@pytest.mark.parametrize("profile", ["fast-start", "default", "throughput", "decode-graphs", SINGLE])
 def test_same_tokens_under_every_profile(
     trainer_of: Any, shallow: str, expected: list[list[int]], profile: str, collected: None
 ) -> None:
@@ -88,9 +91,13 @@ def test_same_tokens_under_every_profile(
         return
     sizes = what["compilation_config.cudagraph_capture_sizes"]  # TRL's max_num_seqs is the batch
     assert sizes["new"] == "[1, 2, 4, 8]" and sizes["became"] == "[]"  # a CPU captures nothing, and this is said
-    if profile == "fast-start":
+    if profile != SINGLE:
         assert what["model inspection"]["new"] == "in this process"
         assert "plain-sampling" in {entry["why"].partition(":")[0] for entry in found["set"]} | set(found["left"])
+    if profile == "throughput":
+        assert "mega-aot" in {entry["why"].partition(":")[0] for entry in found["set"]} | set(found["left"])
+        return
+    if profile == "fast-start":
         assert what["enable_flashinfer_autotune"]["new"] == "False"
         assert worker.engine_of(trainer).llm_engine.vllm_config.kernel_config.enable_flashinfer_autotune is False
         assert found["left"]["lora-graphs"] == "the engine has no LoRA slots"
