@@ -21,10 +21,9 @@ logger = logging.getLogger("rlpatch")
 
 
 _SWITCH = "VLLM_ENABLE_CUDAGRAPH_GC"  # vLLM's own: leave the collector alone
-_INTERPRETERS = (
-    1000  # more than an interpreter itself freezes when it starts (Python 3.12: 375); nobody needs those frozen
-)
-_held: int | None = None  # objects that `_build` has frozen until the engine is there
+# More than an interpreter itself freezes when it starts (Python 3.12: 375). Nobody needs those frozen.
+_INTERPRETERS = 1000
+_held: list[None] | None = None  # made just after `_build` froze what was there: whoever freezes more freezes it
 
 
 def _frozen() -> int:
@@ -35,7 +34,7 @@ def _frozen() -> int:
 def _hold() -> None:
     global _held
     gc.freeze()
-    _held = gc.get_freeze_count()
+    _held = [None]
 
 
 @contextlib.contextmanager
@@ -84,19 +83,19 @@ def _build(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
     try:
         return wrapped(*args, **kwargs)
     finally:
-        added = _frozen() - (_held if holds and _held is not None else before)
-        if holds:
-            _held = None
         if not before:
+            vllm_froze = _frozen() > 0 and not any(one is _held for one in gc.get_objects())
             gc.unfreeze()
-            if added > 0:
+            if vllm_froze:
                 _kept[id(instance)] = instance
-        elif added > 0:
+        elif (added := gc.get_freeze_count() - before) > 0:
             logger.info(
                 "rlpatch: vLLM froze %d objects, which are never collected now; they stay frozen, because %d were before "
                 "and the collector cannot thaw a part (call gc.unfreeze() before the engine is built)",
                 added, before,
             )  # fmt: skip
+        if holds:
+            _held = None
 
 
 def _shutdown(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
