@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+from rlpatch.collector import back_in_sight, frozen
 from rlpatch.patching import Patch
 from rlpatch.versions import environment_flag
 
@@ -21,14 +22,7 @@ logger = logging.getLogger("rlpatch")
 
 
 _SWITCH = "VLLM_ENABLE_CUDAGRAPH_GC"  # vLLM's own: leave the collector alone
-# More than an interpreter itself freezes when it starts (Python 3.12: 375). Nobody needs those frozen.
-_INTERPRETERS = 1000
 _held: list[None] | None = None  # made just after `_build` froze what was there: whoever freezes more freezes it
-
-
-def _frozen() -> int:
-    count = gc.get_freeze_count()
-    return count if count > _INTERPRETERS else 0
 
 
 def _hold() -> None:
@@ -47,17 +41,17 @@ def at_rest() -> Iterator[None]:
     if environment_flag(_SWITCH):
         yield
         return
-    enabled, frozen = gc.isenabled(), _frozen()
+    enabled, before = gc.isenabled(), frozen()
     gc.collect()
-    if not frozen:
+    if not before:
         gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        if not frozen:
+        if not before:
             gc.unfreeze()
-        elif _held is not None and not _frozen():  # vLLM's own rest inside of this one ends with thawing all
+        elif _held is not None and not frozen():  # vLLM's own rest inside of this one ends with thawing all
             _hold()
         if enabled:
             gc.enable()
@@ -75,7 +69,8 @@ _kept: dict[int, Any] = {}
 
 def _build(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     global _held
-    before = _frozen()
+    back_in_sight()  # a callback of a trainer builds another one's engine
+    before = frozen()
     holds = not before and not environment_flag(_SWITCH)
     if holds:
         gc.collect()  # what is garbage now may hold the device's memory, which vLLM is about to measure
@@ -84,7 +79,7 @@ def _build(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
         return wrapped(*args, **kwargs)
     finally:
         if not before:
-            vllm_froze = _frozen() > 0 and not any(one is _held for one in gc.get_objects())
+            vllm_froze = frozen() > 0 and not any(one is _held for one in gc.get_objects())
             gc.unfreeze()
             if vllm_froze:
                 _kept[id(instance)] = instance

@@ -18,6 +18,7 @@ _RESIDENT = {
     "trainer": "trainer's weights", "engine": "engine's weights", "both": "weights of both, once each",
     "masters": "fp32 masters", "optimizer_state": "optimizer state",
 }  # fmt: skip
+_FUNCTIONS = 20  # of Python, in a decode step
 LIBRARIES = ("vllm", "trl", "torch", "transformers", "accelerate", "peft", "triton")
 
 # ---- where it comes from ---------------------------------------------------------------------------------------------
@@ -199,7 +200,23 @@ def profile_lines(name: str, made: dict[str, Any]) -> list[str]:
         f"  {each * one['seconds']:8.3f} ms, {one['count'] / made['decode_steps']:6.1f} ×  {one['name']}"
         for one in generate["kernels"]
     ]
-    return [*lines, text, *each_kernel]
+    return [*lines, text, *each_kernel, *_host_lines(made, each)]
+
+
+def _host_lines(made: dict[str, Any], each: float) -> list[str]:
+    """What Python did in a decode step (`rlpatch.bench.host_profile`); results of earlier releases do not tell."""
+    found = made.get("host", {}).get("generate")
+    if not found:
+        return []
+    parts = sorted(found, key=lambda one: -one["called"])
+
+    def rows(which: list[dict[str, Any]], key: str) -> list[str]:
+        return [f"  {each * one[key]:8.3f} ms  {one['function'][:100]}" for one in which[:_FUNCTIONS] if one[key] > 0]
+
+    return [
+        "the host in a decode step, by Python function, with what it calls:", *rows(parts, "called"),
+        "by itself, calls into C included:", *rows(found, "own"),
+    ]  # fmt: skip
 
 
 def _fate(variant: dict[str, Any]) -> str:

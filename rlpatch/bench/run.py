@@ -140,7 +140,8 @@ class BenchJob:
         emulate_gib: The card's seeming size; a ballast process holds the rest.
         interval: Seconds between samples of memory.
         check_base: Compare every frozen weight before and after the training, element by element.
-        profile: One step more, under torch's profiler (`rlpatch.bench.step_profile`), in no other figure.
+        profile: One step more, under torch's profiler (`rlpatch.bench.step_profile`) and a look at Python's stack every
+            millisecond (`rlpatch.bench.host_profile`), in no other figure.
         output: The trainer's output folder, or None for one under the system's temporary folder.
     """
 
@@ -211,6 +212,7 @@ class BenchRun:
         self.load: dict[str, int] = {}
         self.resident: dict[str, int] | None = None
         self.profiler: Any = None
+        self.host: Any = None
         self.profile: dict[str, Any] | None = None
         self.trainer: Any = None
 
@@ -617,9 +619,10 @@ class BenchRun:
                 run.emit("progress", {"step": len(run.rows), **row})
                 run.clock.step += 1
                 if run.job.profile and len(run.rows) == run.job.steps:
+                    from rlpatch.bench.host_profile import HostProfile
                     from rlpatch.bench.step_profile import StepProfile
 
-                    run.profiler = StepProfile(run.synchronize)
+                    run.profiler, run.host = StepProfile(run.synchronize), HostProfile()
                     now = time.perf_counter()
                 self.began, self.tokens = now, run.tokens
 
@@ -644,8 +647,10 @@ class BenchRun:
 
     def profiled(self, begin: float, end: float) -> dict[str, Any]:
         """Where the time of the profiled step went, and what reading the weights once would take of a decode step."""
+        from rlpatch.bench import host_profile
         from rlpatch.bench.step_profile import by_phase, read_bandwidth
 
+        self.host.stop()
         events = self.profiler.events()
         model = self.trainer.model
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -654,6 +659,7 @@ class BenchRun:
         intervals = [one for one in self.clock.intervals if one.step == self.clock.step]
         return {
             **by_phase(events, intervals, begin, end),
+            "host": host_profile.by_phase(self.host.looks, intervals, begin, end),
             "decode_steps": self.job.rollout_tokens or self.job.completion_tokens,
             "weights": engine - unread if engine else None,
             "read_bandwidth": read_bandwidth(),

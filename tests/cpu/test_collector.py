@@ -7,10 +7,12 @@ import importlib
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
@@ -70,11 +72,11 @@ def test_the_trainers_garbage_can_be_collected_after_the_engine_was_built(tiny_m
 
 
 def test_what_the_interpreter_itself_froze_does_not_count(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlpatch.adapters.vllm import _collector
+    from rlpatch import collector
 
     python_3_12_freezes = 375
-    assert python_3_12_freezes < _collector._INTERPRETERS
-    monkeypatch.setattr(_collector, "_INTERPRETERS", 10**9)  # as if all of these were the interpreter's
+    assert python_3_12_freezes < collector.INTERPRETERS
+    monkeypatch.setattr(collector, "INTERPRETERS", 10**9)  # as if all of these were the interpreter's
     gc.freeze()
     with rlpatch.patched(**ONLY):
         assert build(tiny_model) == (True, 0)
@@ -179,6 +181,110 @@ def test_it_need_not_rest(trainer_of: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(engine, "step", lambda: (seen.append(gc.isenabled()), step())[1])
     trainer.vllm_generation.generate(prompts=[[5, 6, 7]], images=None, num_generations=1)
     assert seen and all(seen)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class Walks(TrainerCallback):  # type: ignore[misc]
+    """Collects fully in each step, as Python does some time: how many objects were walked, and how many were not."""
+
+    def __init__(self, act: Callable[[], None] = lambda: None) -> None:
+        self.act = act
+        self.walked: list[int] = []
+        self.frozen: list[int] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.act()
+        self.walked.append(len(gc.get_objects()))
+        self.frozen.append(gc.get_freeze_count())
+
+
+def test_training_does_not_walk_what_was_there_before_it(trainer_of: Any) -> None:
+    heap = [[number] for number in range(100_000)]
+    for excluded in ([], ["training_gc"]):
+        trainer = trainer_of(apply={"exclude": excluded, "defaults": False}, steps=2)
+        walks = Walks()
+        trainer.add_callback(walks)
+        trainer.train()
+        assert len(walks.walked) == 2
+        if excluded:
+            assert min(walks.walked) > len(heap) and walks.frozen == [0, 0]
+        else:
+            assert max(walks.walked) < len(heap) < min(walks.frozen)
+        assert gc.get_freeze_count() == 0
+        rlpatch.revert()
+
+
+def test_what_became_garbage_during_training_is_collected_after_it(trainer_of: Any) -> None:
+    trainer = trainer_of(steps=1)
+    nodes = [Node()]
+    before, within = weakref.ref(nodes[0]), []
+
+    def drop() -> None:
+        nodes.clear()
+        node = Node()
+        within.append(weakref.ref(node))
+        del node
+        gc.collect()
+        within.append(before)
+
+    trainer.add_callback(Walks(drop))
+    alive: list[bool] = []
+    trainer.add_callback(Walks(lambda: alive.extend(ref() is not None for ref in within)))
+    trainer.train()
+    assert alive == [False, True]  # made within; made before
+    gc.collect()
+    assert before() is None
+
+
+def test_a_training_that_fails_leaves_nothing_frozen(trainer_of: Any) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    trainer = trainer_of(steps=1)
+    trainer.add_callback(Walks(stop))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert gc.get_freeze_count() == 0 and gc.isenabled()
+
+
+def test_what_a_script_has_frozen_stays_so(trainer_of: Any) -> None:
+    trainer = trainer_of(steps=1)
+    walks = Walks()
+    trainer.add_callback(walks)
+    gc.freeze()
+    before = gc.get_freeze_count()
+    trainer.train()
+    assert 0.9 * before < gc.get_freeze_count() <= before and walks.frozen[0] <= before
+
+
+def test_an_engine_that_is_built_while_training_is_kept_as_any_other(trainer_of: Any) -> None:
+    """A callback that makes a second trainer: its engine thaws all, and is not collected under it."""
+    from rlpatch.adapters.vllm import _collector
+
+    instance = object()
+    trainer = trainer_of(steps=1)
+    walks = Walks(lambda: _collector._build(gc.freeze, instance, (), {}))
+    trainer.add_callback(walks)
+    trainer.train()
+    assert walks.frozen == [0] and _collector._kept.pop(id(instance)) is instance and gc.get_freeze_count() == 0
+
+
+def test_a_trainer_without_an_engine_is_left_alone(tmp_path: Path) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    class Model(torch.nn.Linear):
+        def forward(self, x: Any, labels: Any = None) -> Any:
+            return {"loss": super().forward(x).sum()}
+
+    walks = Walks()
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
+    with rlpatch.patched():
+        data = [{"x": torch.ones(2), "labels": torch.ones(1)}] * 8
+        Trainer(Model(2, 1), arguments, train_dataset=data, callbacks=[walks]).train()
+    assert walks.frozen == [0]
 
 
 # ---- capture: the real runner classes, with a stand-in for what they capture (no CUDA graphs on a CPU) ------------------

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import time
+
 import pytest
 
+from rlpatch.bench import host_profile
 from rlpatch.bench.memory_watch import Interval
 from rlpatch.bench.report import profile_lines
 from rlpatch.bench.step_profile import KINDS, OTHER, Event, busy, by_phase, kind_of
@@ -58,3 +62,64 @@ def test_kernels_belong_to_the_innermost_phase_in_which_they_start() -> None:
     assert "a step of 10,000 ms" in text
     assert "a decode step: 1500.00 ms, the device at work for 1000.00; reading 3.00 GiB of weights at 3.30 TB/s" in text
     assert "takes 0.98" in text and "750.000 ms,    1.0 ×  gemm" in text
+
+
+# ---- the host --------------------------------------------------------------------------------------------------------
+
+
+def waits(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def counts(until: float) -> None:
+    while time.perf_counter() < until:
+        pass
+
+
+def called() -> None:
+    counts(time.perf_counter() + 0.1)
+
+
+def outer() -> None:
+    called()
+    waits(0.3)
+
+
+def test_the_host_is_where_its_stack_was() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    profile = host_profile.HostProfile()
+    outer()
+    middle = time.perf_counter()
+    counts(middle + 0.1)
+    end = time.perf_counter()
+    profile.stop()
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    intervals = [Interval("generate", profile.began, middle, middle - profile.began, 0, 3)]
+    made = host_profile.by_phase(profile.looks, intervals, profile.began, end)
+    generate = {one["function"].partition(":")[2]: one for one in made["generate"]}
+    # a call into C is interrupted when it returns, and counts for who made it
+    assert generate["waits"]["own"] == pytest.approx(0.3, abs=0.08)
+    assert generate["counts"]["own"] == pytest.approx(0.1, abs=0.08)
+    assert generate["called"]["called"] == pytest.approx(0.1, abs=0.08) and generate["called"]["own"] < 0.05
+    assert "outer" not in generate or generate["outer"]["own"] < 0.05  # all the time
+    assert made["generate"][0]["function"] == f"{__name__}:waits"
+    assert "waits" not in {one["function"].partition(":")[2] for one in made["train"]}
+    total = sum(one["own"] for found in made.values() for one in found)
+    assert total == pytest.approx(end - profile.began, abs=0.05)
+
+    document = {"seconds": 1.0, "phases": {"generate": {"seconds": 0.4, "busy": 0.1, "kinds": {}, "kernels": []}}}
+    text = profile_lines("trl", {**document, "host": made, "decode_steps": 4, "weights": None, "read_bandwidth": None})
+    shown = [line.split() for line in text]
+    assert sum(line[-1] == f"{__name__}:waits" and 50 < float(line[0]) < 100 for line in shown) == 2
+    assert not any("host" in line for line in profile_lines(
+        "trl", {**document, "decode_steps": 4, "weights": None, "read_bandwidth": None}
+    ))  # fmt: skip
+
+
+def test_a_function_that_calls_itself_counts_once() -> None:
+    def here() -> None: ...
+
+    code = here.__code__
+    looks = [(1.0, ((code, "m"), (code, "m"))), (3.0, ((code, "m"),)), (9.0, ((code, "m"),))]  # the last: after the end
+    made = host_profile.by_phase(looks, [], 0.0, 5.0)
+    assert [(one["own"], one["called"]) for one in made["train"]] == [(3.0, 3.0)]
