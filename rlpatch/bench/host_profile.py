@@ -29,7 +29,7 @@ class HostProfile:
         self.looks: list[tuple[float, Stack]] = []
         self._before = signal.signal(signal.SIGALRM, self._look)
         self.began = time.perf_counter()
-        signal.setitimer(signal.ITIMER_REAL, EVERY, EVERY)
+        self._timer = signal.setitimer(signal.ITIMER_REAL, EVERY)
 
     def _look(self, number: int, frame: FrameType | None) -> None:
         stack = []
@@ -37,11 +37,15 @@ class HostProfile:
             stack.append((frame.f_code, frame.f_globals.get("__name__", "?")))
             frame = frame.f_back
         self.looks.append((time.perf_counter(), tuple(stack)))
+        signal.setitimer(signal.ITIMER_REAL, EVERY)  # not earlier: on a busy machine a look takes longer than that
 
     def stop(self) -> None:
-        """Look no more; whoever had the timer's signal before has it again."""
+        """Look no more; whoever had the timer before has it again."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self._before)
+        left, every = self._timer
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.perf_counter() - self.began), EVERY), every)
 
 
 def by_phase(
