@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from rlpatch.collector import back_in_sight, frozen
+from rlpatch.collector import back_in_sight, frozen, out_of_sight
 from rlpatch.patching import Patch
 from rlpatch.versions import environment_flag
 
@@ -33,28 +33,23 @@ def _hold() -> None:
 
 @contextlib.contextmanager
 def at_rest() -> Iterator[None]:
-    """Collect once, then neither collect nor look at what exists now until the end of the block.
+    """Nothing is collected in the block, and what exists now is `out_of_sight` of whoever collects by hand.
 
-    ``VLLM_ENABLE_CUDAGRAPH_GC=1`` leaves the collector alone. What was frozen before stays so: the collector cannot thaw a
-    part, so nothing is added to it then.
+    ``VLLM_ENABLE_CUDAGRAPH_GC=1`` leaves the collector alone.
     """
     if environment_flag(_SWITCH):
         yield
         return
-    enabled, before = gc.isenabled(), frozen()
-    gc.collect()
-    if not before:
-        gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if not before:
-            gc.unfreeze()
-        elif _held is not None and not frozen():  # vLLM's own rest inside of this one ends with thawing all
-            _hold()
-        if enabled:
-            gc.enable()
+    enabled = gc.isenabled()
+    with out_of_sight():
+        gc.disable()
+        try:
+            yield
+        finally:
+            if _held is not None and not frozen():  # vLLM's own rest inside of this one ends with thawing all
+                _hold()
+            if enabled:
+                gc.enable()
 
 
 def _capture(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

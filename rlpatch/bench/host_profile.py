@@ -75,7 +75,8 @@ def by_phase(
     made = {}
     for phase, spent in called.items():
         most = sorted(own[phase], key=lambda name: -own[phase][name])[:_KEPT]
-        within = [name for name in spent if spent[name] < max(spent.values())]  # the others have called the phase
+        whole = max(spent.values())  # whoever has called the phase
+        within = [name for name in spent if spent[name] < whole]
         most += [name for name in sorted(within, key=lambda name: -spent[name])[:_KEPT] if name not in most]
         made[phase] = [{"function": name, "own": own[phase].get(name, 0.0), "called": spent[name]} for name in most]
     return made

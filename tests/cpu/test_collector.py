@@ -187,7 +187,7 @@ def test_it_need_not_rest(trainer_of: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Walks(TrainerCallback):  # type: ignore[misc]
-    """Collects fully in each step, as Python does some time: how many objects were walked, and how many were not."""
+    """How many objects a full collection would walk at the end of each step, and how many it would not."""
 
     def __init__(self, act: Callable[[], None] = lambda: None) -> None:
         self.act = act
