@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each variant: A B C, C B A, …")
 
     size.add_argument(
-        "--profile", action="store_true", help="one step more: what the device and Python do in it, phase by phase"
+        "--profile", action="store_true", help="two steps more: what Python and the device do in them, phase by phase"
     )
     size.add_argument("--check-base", action="store_true", help="count frozen weights that training changed")
     engine = made.add_argument_group("engine and device")

@@ -213,8 +213,10 @@ def _host_lines(made: dict[str, Any], each: float) -> list[str]:
     def rows(which: list[dict[str, Any]], key: str) -> list[str]:
         return [f"  {each * one[key]:8.3f} ms  {one['function'][:100]}" for one in which[:_FUNCTIONS] if one[key] > 0]
 
+    whole = made.get("host_seconds", {}).get("generate")
+    text = f" ({each * whole:.2f} ms, in a step that nothing else watches)" if whole else ""
     return [
-        "the host in a decode step, by Python function, with what it calls:", *rows(parts, "called"),
+        f"the host in a decode step{text}, by Python function, with what it calls:", *rows(parts, "called"),
         "by itself, calls into C included:", *rows(found, "own"),
     ]  # fmt: skip
 

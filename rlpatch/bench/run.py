@@ -140,8 +140,9 @@ class BenchJob:
         emulate_gib: The card's seeming size; a ballast process holds the rest.
         interval: Seconds between samples of memory.
         check_base: Compare every frozen weight before and after the training, element by element.
-        profile: One step more, under torch's profiler (`rlpatch.bench.step_profile`) and a look at Python's stack every
-            millisecond (`rlpatch.bench.host_profile`), in no other figure.
+        profile: Two steps more, in no other figure: one with a look at Python's stack every millisecond
+            (`rlpatch.bench.host_profile`), one under torch's profiler (`rlpatch.bench.step_profile`), which would be in
+            the first one's way.
         output: The trainer's output folder, or None for one under the system's temporary folder.
     """
 
@@ -211,8 +212,7 @@ class BenchRun:
         self.engine_cached: int | None = None
         self.load: dict[str, int] = {}
         self.resident: dict[str, int] | None = None
-        self.profiler: Any = None
-        self.host: Any = None
+        self.profiler: Any = None  # of a step that only tells where its time goes
         self.profile: dict[str, Any] | None = None
         self.trainer: Any = None
 
@@ -317,7 +317,7 @@ class BenchRun:
         return wrapper
 
     def _as_part(self, name: str) -> Any:
-        """A phase in the profiled step alone, so that the others are timed as ever."""
+        """A phase in the profiled steps alone, so that the others are timed as ever."""
 
         def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with self.clock.phase(name) if self.profiler is not None else contextlib.nullcontext():
@@ -536,7 +536,7 @@ class BenchRun:
             generation_kwargs={"ignore_eos": True},
             learning_rate=job.learning_rate,
             lr_scheduler_type="constant",
-            max_steps=job.steps + job.profile,
+            max_steps=job.steps + 2 * job.profile,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
@@ -610,7 +610,7 @@ class BenchRun:
                 run.synchronize()
                 now = time.perf_counter()
                 if run.profiler is not None:
-                    run.profile = run.profiled(self.began, now)
+                    self.began = run.profiled(self.began, now)
                     return
                 run.rows.append(run.row(now - self.began, run.tokens - self.tokens))
                 run.spans.append((self.began, now))
@@ -620,9 +620,8 @@ class BenchRun:
                 run.clock.step += 1
                 if run.job.profile and len(run.rows) == run.job.steps:
                     from rlpatch.bench.host_profile import HostProfile
-                    from rlpatch.bench.step_profile import StepProfile
 
-                    run.profiler, run.host = StepProfile(run.synchronize), HostProfile()
+                    run.profiler = HostProfile()
                     now = time.perf_counter()
                 self.began, self.tokens = now, run.tokens
 
@@ -645,25 +644,36 @@ class BenchRun:
             "after_release": self.after_release,
         }
 
-    def profiled(self, begin: float, end: float) -> dict[str, Any]:
-        """Where the time of the profiled step went, and what reading the weights once would take of a decode step."""
-        from rlpatch.bench import host_profile
-        from rlpatch.bench.step_profile import by_phase, read_bandwidth
+    def profiled(self, begin: float, end: float) -> float:
+        """Take down what a profiled step says; the host's comes first, then the device's.
 
-        self.host.stop()
+        Returns:
+            When the step after it begins.
+        """
+        from rlpatch.bench import host_profile, step_profile
+
+        intervals = [one for one in self.clock.intervals if one.step == self.clock.step]
+        if self.profile is None:
+            self.profiler.stop()
+            self.profile = {
+                "host": host_profile.by_phase(self.profiler.looks, intervals, begin, end),
+                "host_seconds": step_profile.phase_seconds(intervals, begin, end),
+            }
+            self.clock.step += 1
+            self.profiler = step_profile.StepProfile(self.synchronize)
+            return time.perf_counter()
         events = self.profiler.events()
         model = self.trainer.model
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         unread = 0 if head is embedding else embedding.numel() * head.element_size()  # a few rows of it are
         engine = (self.resident or {}).get("engine")
-        intervals = [one for one in self.clock.intervals if one.step == self.clock.step]
-        return {
-            **by_phase(events, intervals, begin, end),
-            "host": host_profile.by_phase(self.host.looks, intervals, begin, end),
+        self.profile |= {
+            **step_profile.by_phase(events, intervals, begin, end),
             "decode_steps": self.job.rollout_tokens or self.job.completion_tokens,
             "weights": engine - unread if engine else None,
-            "read_bandwidth": read_bandwidth(),
+            "read_bandwidth": step_profile.read_bandwidth(),
         }
+        return time.perf_counter()
 
     def _frozen(self) -> dict[str, Any]:
         """Host copies of the frozen weights."""

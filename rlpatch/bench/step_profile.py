@@ -1,9 +1,11 @@
 """Where one step's time goes on the device: what runs in each phase, by kind (``bench --profile``).
 
-One more step than was asked for, left out of all medians, runs under torch's profiler. It records kernels and copies alone,
-no calls of the host, so that the step is hardly slowed. Kernels belong to the innermost phase in which they start; phases
-end when the device is done. Beside the bench's phases a profiled step has `PARTS` of training, and the optimizer's. On a
-CPU operators stand for kernels, those that compute and have none like them inside.
+A step more than was asked for, left out of all medians, runs under torch's profiler. It records kernels and copies alone,
+no calls of the host; each launch gets dearer all the same, so that a phase in which the device waits for the host (a small
+model's decoding) takes up to twice its time, and others hardly more. How long the device works is not touched by that.
+Kernels belong to the innermost phase in which they start; phases end when the device is done. Beside the bench's phases a
+profiled step has `PARTS` of training, and the optimizer's. On a CPU operators stand for
+kernels, those that compute and have none like them inside.
 """
 
 from __future__ import annotations
@@ -70,6 +72,15 @@ def busy(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
+def phase_seconds(intervals: Sequence[Interval], begin: float, end: float) -> dict[str, float]:
+    """Phase -> its own seconds, without those of phases in it; what of the step lies in none is training's."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for one in intervals:
+        seconds[one.name] += one.own
+    seconds[TRAIN] += end - begin - sum(seconds.values())
+    return dict(seconds)
+
+
 def by_phase(events: Sequence[Event], intervals: Sequence[Interval], begin: float, end: float) -> dict[str, Any]:
     """Per phase: its own seconds, those in which the device worked, and the sum by kind; and the longest kernels.
 
@@ -83,10 +94,7 @@ def by_phase(events: Sequence[Event], intervals: Sequence[Interval], begin: floa
         if begin <= event.start < end:
             phase = next((one.name for one in inner if one.start <= event.start < one.end), TRAIN)
             found.setdefault(phase, []).append(event)
-    seconds: defaultdict[str, float] = defaultdict(float)
-    for one in intervals:
-        seconds[one.name] += one.own
-    seconds[TRAIN] += end - begin - sum(seconds.values())
+    seconds = phase_seconds(intervals, begin, end)
     phases = {}
     for name in seconds:
         kinds: defaultdict[str, float] = defaultdict(float)
