@@ -14,7 +14,7 @@ from typing import Any
 from rlpatch import allocator, registry, versions
 from rlpatch.config import listing
 from rlpatch.config.defaults import NAMES
-from rlpatch.errors import UnsupportedError
+from rlpatch.errors import PatchError, UnsupportedError
 from rlpatch.patching import PatchSet, when_imported
 from rlpatch.registry import Adapter, Context, Outcome, State
 from rlpatch.settings import Settings, resolve
@@ -301,6 +301,20 @@ def status() -> Report:
             configs=listing.listings(),
             precision=tuple(model.describe() for model in (_precision().live() if _precision() else ())),
         )
+
+
+def switch(capability: str, on: bool) -> None:
+    """Let the patches of an applied capability only forward, or do what they do again; for measuring.
+
+    Raises:
+        PatchError: it is not applied, or patches nothing.
+    """
+    with _lock:
+        outcome = _run.outcomes.get(capability) if _run is not None else None
+        for patch_set in _run.sets if _run is not None and outcome is not None else ():
+            if outcome is not None and patch_set.name == outcome.adapter:
+                return patch_set.switch(on)
+        raise PatchError(f"{capability} cannot be switched: {outcome or 'there is no such capability in force'}")
 
 
 @contextlib.contextmanager

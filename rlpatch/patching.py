@@ -141,6 +141,13 @@ class PatchSet:
                 setattr(done.parent, done.attribute, done.original)
         return buried
 
+    def switch(self, on: bool) -> None:
+        """While off, what is wrapped stays so and only forwards. For measuring; nothing is taken back."""
+        with self._lock:
+            if self.state != "applied":
+                raise PatchError(f"{self.name} is {self.state}: there is nothing to switch")
+            self._enabled = on
+
     def revert(self) -> list[str]:
         """Put every original back, last wrapped first; returns lines about what could only be switched off."""
         with self._lock:

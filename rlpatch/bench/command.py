@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpatch.bench import plot, shapes
+from rlpatch.bench.in_turn import CAPABILITIES
 from rlpatch.bench.processes import BenchError, Runner, ballast, checkpoint, device_facts
 from rlpatch.bench.report import LIBRARIES, own_version, said, summarize, table, told_environment, write_json
 from rlpatch.bench.run import VARIANTS, BenchJob, variant_of
@@ -78,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--profile", action="store_true", help="two steps more: what Python and the device do in them, phase by phase"
     )
+    size.add_argument(
+        "--in-turn", metavar="CAPABILITY", choices=CAPABILITIES,
+        help="rlpatch's variants do without it in every other step, and the two are compared within one process: "
+        f"{', '.join(CAPABILITIES)}",
+    )  # fmt: skip
     size.add_argument("--check-base", action="store_true", help="count frozen weights that training changed")
     engine = made.add_argument_group("engine and device")
     engine.add_argument("--kv-gib", type=float, metavar="G", help="KV cache of this size in every variant")
@@ -151,6 +157,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             refuse(option, "more than 0")
     if options.warmup >= options.steps:
         refuse("warmup", f"leaves none of {options.steps} steps to measure")
+    if options.in_turn and (options.steps - options.warmup < 4 or options.sweep_context):
+        refuse("in-turn", f"needs 4 measured steps and no sweep; --steps {options.warmup + 4} or more")
+    if options.in_turn and all(variant_of(name).apply is None for name in options.variants):
+        refuse("in-turn", "none of the variants is rlpatch's")
     options.micro_batch = options.completions if options.micro_batch is None else options.micro_batch
     if options.micro_batch < 1 or options.completions % options.micro_batch:
         refuse("micro-batch", f"does not divide --completions {options.completions}")
@@ -303,6 +313,7 @@ def job_from(options: argparse.Namespace, model: str) -> BenchJob:
         learning_rate=options.learning_rate,
         check_base=options.check_base,
         profile=options.profile,
+        in_turn=options.in_turn,
         gradient_checkpointing=options.gradient_checkpointing,
         emulate_gib=options.emulate_gib,
     )

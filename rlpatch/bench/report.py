@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlpatch.bench.in_turn import compare
+from rlpatch.bench.in_turn import lines as in_turn_lines
 from rlpatch.bench.processes import failure
 from rlpatch.bench.run import PHASES
 
@@ -64,7 +66,9 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     from rlpatch.bench.run import means, medians
 
-    rows = [row for result in results for row in result["steps"][result["job"]["warmup"] :]]
+    steps = [row for result in results for row in result["steps"][result["job"]["warmup"] :]]
+    rows = [row for row in steps if not row.get("without")]
+    turns = results[-1]["job"].get("in_turn")
     by_phase: dict[str, dict[str, int]] = {}
     for result in results:
         for phase, found in result["memory"]["by_phase"].items():
@@ -92,6 +96,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any] | None:
             "load_weights": middle([(r["memory"]["load"] or {}).get("weights") for r in results]),
         },
         "base": results[-1].get("base"),
+        **({"in_turn": compare(turns, steps)} if turns else {}),
         "engine_start_seconds": [result["seconds"].get("engine_start") for result in results],
         "engine_starts_cold": [bool(result["engine_cache"].get("grew")) for result in results],
     }
@@ -157,6 +162,9 @@ def table(document: dict[str, Any]) -> str:
         f"vLLM {document['versions']['vllm']}, TRL {document['versions']['trl']}",
     ]
     lines = [*head, *([render(["", *found], rows)] if any(summaries.values()) else [])]
+    for name, summary in summaries.items():
+        turns = (summary or {}).get("in_turn")
+        lines += in_turn_lines(name, turns) if turns else []
     for name, variant in found.items():
         made = [run["result"]["profile"] for run in variant["runs"] if (run.get("result") or {}).get("profile")]
         lines += profile_lines(name, made[-1]) if made else []

@@ -143,6 +143,7 @@ class BenchJob:
         profile: Two steps more, in no other figure: one with a look at Python's stack every millisecond
             (`rlpatch.bench.host_profile`), one under torch's profiler (`rlpatch.bench.step_profile`), which would be in
             the first one's way.
+        in_turn: A capability that is off in every other step (`rlpatch.bench.in_turn`), or None.
         output: The trainer's output folder, or None for one under the system's temporary folder.
     """
 
@@ -171,6 +172,7 @@ class BenchJob:
     interval: float = 0.01
     check_base: bool = False
     profile: bool = False
+    in_turn: str | None = None
     output: str | None = None
 
 
@@ -214,6 +216,7 @@ class BenchRun:
         self.resident: dict[str, int] | None = None
         self.profiler: Any = None  # of a step that only tells where its time goes
         self.profile: dict[str, Any] | None = None
+        self.without: str | None = None
         self.trainer: Any = None
 
     # ---- before ------------------------------------------------------------------------------------------------
@@ -594,6 +597,7 @@ class BenchRun:
                 run.synchronize()
                 run.clock.step = 0
                 run.collector.start()
+                run.take_turn(0)
                 self.began = time.perf_counter()
                 self.tokens = run.tokens
 
@@ -618,6 +622,7 @@ class BenchRun:
                 row = {"seconds": now - self.began, "generated": run.rows[-1]["tokens"], "memory_peak": peak}
                 run.emit("progress", {"step": len(run.rows), **row})
                 run.clock.step += 1
+                run.take_turn(len(run.rows))
                 if run.job.profile and len(run.rows) == run.job.steps:
                     from rlpatch.bench.host_profile import HostProfile
 
@@ -631,6 +636,16 @@ class BenchRun:
 
         return Steps()
 
+    def take_turn(self, step: int) -> None:
+        """Switch what is on and off in turn; on behind the last step, for the profile."""
+        if self.job.in_turn is None or self.variant.apply is None:
+            return
+        from rlpatch import control
+        from rlpatch.bench.in_turn import is_without
+
+        self.without = self.job.in_turn if step < self.job.steps and is_without(step) else None
+        control.switch(self.job.in_turn, self.without is None)
+
     def row(self, step_seconds: float, tokens: int) -> dict[str, Any]:
         """One step's figures; the phases' seconds add up to the step's."""
         own = self.clock.seconds(self.clock.step)
@@ -642,6 +657,7 @@ class BenchRun:
             "tokens_per_second": tokens / seconds["generate"] if seconds["generate"] else None,
             "collector": self.collector.of(self.clock.step),
             "after_release": self.after_release,
+            **({"without": self.without} if self.without else {}),
         }
 
     def profiled(self, begin: float, end: float) -> float:
@@ -727,7 +743,7 @@ class BenchRun:
             "engine_cache": self.cache,
             "kv": self.kv,
             "steps": self.rows,
-            "median": medians(measured, self.kv.get("bytes")),
+            "median": medians([row for row in measured if not row.get("without")], self.kv.get("bytes")),
             "memory": {
                 "baseline": self.baseline,
                 "engine_start_peak": max((u for t, u in samples if t < self.training_from), default=None),

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 import rlpatch
+from rlpatch import control
+from rlpatch.errors import PatchError
 from rlpatch.patching import Patch, PatchSet
 
 pytestmark = pytest.mark.cpu
@@ -49,6 +51,18 @@ def test_nothing_is_decoded_and_all_is_the_same(trainer_of: Any) -> None:
     trainer = trainer_of(apply={"defaults": False, "exclude": ["detokenize"]}, steps=2)
     assert all(detokenize and text and token for detokenize, text, token in asked_and_got(trainer))
     assert rows(trainer) == [pytest.approx(row, abs=1e-6) for row in found]
+
+
+def test_a_capability_is_switched_while_all_else_goes_on(trainer_of: Any) -> None:
+    """What ``bench --in-turn`` does between steps."""
+    trainer = trainer_of(apply={"defaults": False}, steps=1)
+    control.switch("detokenize", False)
+    assert all(detokenize for detokenize, _, _ in asked_and_got(trainer))
+    control.switch("detokenize", True)
+    assert not any(detokenize for detokenize, _, _ in asked_and_got(trainer))
+    for name in ("nothing", "rollout_gc"):  # the second wraps nothing of its own
+        with pytest.raises(PatchError, match=f"{name} cannot be switched"):
+            control.switch(name, False)
 
 
 @pytest.mark.parametrize("given", [{"stop": ["w3"]}, {"detokenize": True}])

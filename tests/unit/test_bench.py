@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rlpatch.bench import command, plot, processes, report, shapes, sweep
+from rlpatch.bench import command, in_turn, plot, processes, report, shapes, sweep
 from rlpatch.bench.collector_clock import CollectorClock
 from rlpatch.bench.memory_watch import Clock, Interval, decimate, innermost_over_time, memory_by_phase, timeline
 from rlpatch.bench.processes import Runner
@@ -62,6 +62,10 @@ GIB = 2**30
         (["--grow-from", "300"], "--grow-from 300: more than --completion-tokens 256"),
         (["--model", "/nowhere"], "--model /nowhere: no such checkpoint folder"),
         (["--shape", "9b"], "invalid choice"),
+        (["--in-turn", "standby"], "invalid choice"),
+        (["--in-turn", "detokenize", "--steps", "5"], "--in-turn detokenize: needs 4 measured steps"),
+        (["--in-turn", "detokenize", "--sweep-context"], "--in-turn detokenize: needs 4 measured steps and no sweep"),
+        (["--in-turn", "detokenize", "--variants", "trl"], "--in-turn detokenize: none of the variants"),
         (["--name", "a/b"], "--name a/b: a file name without folders"),
     ],
 )
@@ -482,6 +486,28 @@ def test_medians_leave_warmup_out_and_scale_by_kv() -> None:
     assert found["memory"]["by_phase"]["train"] == {"max": 12 * GIB, "min": 1}
     assert report.summarize([]) is None
     assert medians([], None) == {}
+
+
+def test_steps_in_turn_are_compared_and_kept_apart() -> None:
+    assert [in_turn.is_without(step) for step in range(6)] == [False, True, True, False, False, True]
+    found = result(2.0)
+    found["job"]["in_turn"] = "detokenize"
+    for row, seconds in zip(found["steps"][1:], (1.0, 4.0, 1.2), strict=True):
+        row["seconds"] = {**row["seconds"], "generate": seconds, "restore": 0.001}
+    for step, row in enumerate(found["steps"]):
+        row |= {"without": "detokenize"} if in_turn.is_without(step) else {}
+    summary = report.summarize([found, found])
+    assert summary is not None
+    turns = summary["in_turn"]
+    assert (turns["with"]["steps"], turns["without"]["steps"]) == (2, 4)
+    assert turns["with"]["generate"] == {"median": 1.2, "lower": 1.2, "upper": 1.2}
+    assert turns["without"]["generate"] == {"median": 2.5, "lower": 1.0, "upper": 4.0}
+    assert summary["median"]["generate"] == 1.2 and summary["measured_steps"] == 2
+    text = report.table(document(rlpatch={"runs": [{"result": found}], "summary": summary}))
+    assert "rlpatch, detokenize in turn: 2 steps with it, 4 without; median (quartiles)" in text
+    assert "generate, s: 1.2000 (1.2000–1.2000) with, 2.5000 (1.0000–4.0000) without: 0.480 ×" in text
+    assert "restore, s: 0.0010 (" not in text
+    assert in_turn.compare("detokenize", found["steps"][1:3]) is None  # one side only
 
 
 def test_table_holds_every_fate() -> None:

@@ -91,6 +91,21 @@ def test_every_order(target: str, path: str, order: str) -> None:
     assert patch_set.revert() == []
 
 
+def test_a_set_that_is_switched_off_forwards(target: str) -> None:
+    module = importlib.import_module(target)
+    patch_set = PatchSet("test", [Patch(target, "free", marked)])
+    with pytest.raises(PatchError, match="test is idle"):
+        patch_set.switch(False)
+    patch_set.apply()
+    for on in (False, False, True):
+        patch_set.switch(on)
+        assert module.free(1) == (("patched", 2) if on else 2)
+    patch_set.switch(False)
+    assert patch_set.revert() == [] and module.free(1) == 2
+    patch_set.apply()
+    assert module.free(1) == ("patched", 2)
+
+
 def test_revert_before_import_never_patches(target: str) -> None:
     patch_set = PatchSet("test", [Patch(target, "free", marked)])
     patch_set.apply()

@@ -1,0 +1,69 @@
+"""One capability on and off in turn, step by step in one process: ``bench --in-turn detokenize``.
+
+Two processes that do the same differ by more than many a capability gains: rollouts of 0.6 and 0.9 s were measured for one
+job on an H200 whose host had others to serve. Steps of one process differ less, and they cost no further start. On, off,
+off, on: what drifts favours neither.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rlpatch.bench.run import PHASES
+
+# They decide at every call; others are settled when a trainer or an engine is built.
+CAPABILITIES = ("detokenize", "lora_casts", "one_forward")
+
+
+def is_without(step: int) -> bool:
+    """Whether the capability is off in that step, counted from 0."""
+    return step % 4 in (1, 2)
+
+
+def compare(capability: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Median and quartiles of seconds and tokens/s with `capability` and without it; None unless both were measured.
+
+    Args:
+        rows: Measured steps; ``row["without"]`` names what was off.
+    """
+    sides = {
+        "with": [row for row in rows if not row.get("without")],
+        "without": [row for row in rows if row.get("without")],
+    }
+    if not all(sides.values()):
+        return None
+    made: dict[str, Any] = {"capability": capability}
+    for side, found in sides.items():
+        figures = {name: [row["seconds"].get(name, 0.0) for row in found] for name in (*PHASES, "step")}
+        figures["tokens_per_second"] = [row["tokens_per_second"] for row in found if row["tokens_per_second"]]
+        made[side] = {"steps": len(found), **{name: _spread(values) for name, values in figures.items() if values}}
+    return made
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "lower": low, "upper": high}
+
+
+def lines(name: str, found: dict[str, Any]) -> list[str]:
+    """What `compare` found, as text: the phases that take a hundredth of a step or more."""
+    with_it, without = found["with"], found["without"]
+    told = [f"{name}, {found['capability']} in turn: {with_it['steps']} steps with it, {without['steps']} without; median "
+            "(quartiles)"]  # fmt: skip
+    for phase in (*PHASES, "step"):
+        here, there = with_it[phase], without[phase]
+        if max(here["median"], there["median"]) < 0.01 * with_it["step"]["median"]:
+            continue
+        ratio = f"{here['median'] / there['median']:.3f} ×" if there["median"] else "–"
+        told.append(f"  {phase}, s: {_told(here, '.4f')} with, {_told(there, '.4f')} without: {ratio}")
+    here, there = (side.get("tokens_per_second") for side in (with_it, without))
+    if here and there:
+        ratio = f"{here['median'] / there['median']:.3f} ×"
+        told.append(f"  rollout tokens/s: {_told(here, ',.0f')} with, {_told(there, ',.0f')} without: {ratio}")
+    return told
+
+
+def _told(one: dict[str, float], form: str) -> str:
+    return f"{one['median']:{form}} ({one['lower']:{form}}–{one['upper']:{form}})"
