@@ -11,8 +11,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from rlpatch.bench.run import PHASES
-
 # They decide at every call; others are settled when a trainer or an engine is built.
 CAPABILITIES = ("detokenize", "lora_casts", "one_forward")
 
@@ -36,9 +34,12 @@ def compare(capability: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any] |
         return None
     made: dict[str, Any] = {"capability": capability}
     for side, found in sides.items():
-        figures = {name: [row["seconds"].get(name, 0.0) for row in found] for name in (*PHASES, "step")}
-        figures["tokens_per_second"] = [row["tokens_per_second"] for row in found if row["tokens_per_second"]]
-        made[side] = {"steps": len(found), **{name: _spread(values) for name, values in figures.items() if values}}
+        rates = [row["tokens_per_second"] for row in found if row["tokens_per_second"]]
+        made[side] = {
+            "steps": len(found),
+            "seconds": {name: _spread([row["seconds"][name] for row in found]) for name in found[0]["seconds"]},
+            "tokens_per_second": _spread(rates) if rates else None,
+        }
     return made
 
 
@@ -52,16 +53,14 @@ def lines(name: str, found: dict[str, Any]) -> list[str]:
     with_it, without = found["with"], found["without"]
     told = [f"{name}, {found['capability']} in turn: {with_it['steps']} steps with it, {without['steps']} without; median "
             "(quartiles)"]  # fmt: skip
-    for phase in (*PHASES, "step"):
-        here, there = with_it[phase], without[phase]
-        if max(here["median"], there["median"]) < 0.01 * with_it["step"]["median"]:
-            continue
-        ratio = f"{here['median'] / there['median']:.3f} ×" if there["median"] else "–"
-        told.append(f"  {phase}, s: {_told(here, '.4f')} with, {_told(there, '.4f')} without: {ratio}")
-    here, there = (side.get("tokens_per_second") for side in (with_it, without))
-    if here and there:
-        ratio = f"{here['median'] / there['median']:.3f} ×"
-        told.append(f"  rollout tokens/s: {_told(here, ',.0f')} with, {_told(there, ',.0f')} without: {ratio}")
+    least = 0.01 * with_it["seconds"]["step"]["median"]
+    pairs = [(f"{phase}, s", ".4f", here, without["seconds"][phase]) for phase, here in with_it["seconds"].items()
+             if max(here["median"], without["seconds"][phase]["median"]) >= least]  # fmt: skip
+    pairs.append(("rollout tokens/s", ",.0f", with_it["tokens_per_second"], without["tokens_per_second"]))
+    for label, form, here, there in pairs:
+        if here and there:
+            ratio = f"{here['median'] / there['median']:.3f} ×" if there["median"] else "–"
+            told.append(f"  {label}: {_told(here, form)} with, {_told(there, form)} without: {ratio}")
     return told
 
 

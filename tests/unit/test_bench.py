@@ -500,8 +500,8 @@ def test_steps_in_turn_are_compared_and_kept_apart() -> None:
     assert summary is not None
     turns = summary["in_turn"]
     assert (turns["with"]["steps"], turns["without"]["steps"]) == (2, 4)
-    assert turns["with"]["generate"] == {"median": 1.2, "lower": 1.2, "upper": 1.2}
-    assert turns["without"]["generate"] == {"median": 2.5, "lower": 1.0, "upper": 4.0}
+    assert turns["with"]["seconds"]["generate"] == {"median": 1.2, "lower": 1.2, "upper": 1.2}
+    assert turns["without"]["seconds"]["generate"] == {"median": 2.5, "lower": 1.0, "upper": 4.0}
     assert summary["median"]["generate"] == 1.2 and summary["measured_steps"] == 2
     text = report.table(document(rlpatch={"runs": [{"result": found}], "summary": summary}))
     assert "rlpatch, detokenize in turn: 2 steps with it, 4 without; median (quartiles)" in text
