@@ -33,6 +33,8 @@ class HostProfile:
 
     def _look(self, number: int, frame: FrameType | None) -> None:
         stack = []
+        while frame is not None and frame.f_code is HostProfile._look.__code__:  # interrupted as it was about to return
+            frame = frame.f_back
         while frame is not None:
             stack.append((frame.f_code, frame.f_globals.get("__name__", "?")))
             frame = frame.f_back

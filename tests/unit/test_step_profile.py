@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 
 import pytest
@@ -118,6 +119,28 @@ def test_the_host_is_where_its_stack_was() -> None:
     assert not any("host" in line for line in profile_lines(
         "trl", {**document, "decode_steps": 4, "weights": None, "read_bandwidth": None}
     ))  # fmt: skip
+
+
+def test_a_look_that_interrupts_another_does_not_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the timer fires again before a look has returned."""
+    frames = []
+
+    class Clock:
+        @staticmethod
+        def perf_counter() -> float:
+            frames.append(sys._getframe(1))
+            return 1.0
+
+    profile = host_profile.HostProfile()
+    profile.stop()
+    monkeypatch.setattr(host_profile, "time", Clock)
+    monkeypatch.setattr(host_profile.signal, "setitimer", lambda *_: None)
+    profile.looks.clear()
+    profile._look(0, sys._getframe())
+    profile._look(0, frames[0])  # the frame of the first look
+    assert frames[0].f_code.co_name == "_look"
+    (_, first), (_, second) = profile.looks
+    assert first[0][0].co_name == second[0][0].co_name == "test_a_look_that_interrupts_another_does_not_see_it"
 
 
 def test_a_function_that_calls_itself_counts_once() -> None:
