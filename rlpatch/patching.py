@@ -142,9 +142,9 @@ class PatchSet:
         return buried
 
     def switch(self, on: bool) -> None:
-        """While off, what is wrapped stays so and only forwards. For measuring; nothing is taken back."""
+        """While off, what is wrapped, or will be, stays so and only forwards. For measuring; nothing is taken back."""
         with self._lock:
-            if self.state != "applied":
+            if self.state not in ("armed", "applied"):
                 raise PatchError(f"{self.name} is {self.state}: there is nothing to switch")
             self._enabled = on
 

@@ -97,10 +97,15 @@ def test_a_set_that_is_switched_off_forwards(target: str) -> None:
     with pytest.raises(PatchError, match="test is idle"):
         patch_set.switch(False)
     patch_set.apply()
+    late = PatchSet("late", [Patch(target, "free", marked), Patch("rlpatch_never_imported", "x", marked)])
+    late.apply()
+    assert late.state == "armed"
+    late.switch(False)
     for on in (False, False, True):
         patch_set.switch(on)
         assert module.free(1) == (("patched", 2) if on else 2)
     patch_set.switch(False)
+    late.revert()
     assert patch_set.revert() == [] and module.free(1) == 2
     patch_set.apply()
     assert module.free(1) == ("patched", 2)
