@@ -310,11 +310,13 @@ def switch(capability: str, on: bool) -> None:
         PatchError: it is not applied, or patches nothing.
     """
     with _lock:
-        outcome = _run.outcomes.get(capability) if _run is not None else None
-        for patch_set in _run.sets if _run is not None and outcome is not None else ():
-            if outcome is not None and patch_set.name == outcome.adapter:
-                return patch_set.switch(on)
-        raise PatchError(f"{capability} cannot be switched: {outcome or 'there is no such capability in force'}")
+        if _run is None or capability not in _run.outcomes:
+            raise PatchError(f"{capability} cannot be switched: there is no such capability in force")
+        outcome = _run.outcomes[capability]
+        own = [patch_set for patch_set in _run.sets if patch_set.name == outcome.adapter]
+        if not own:
+            raise PatchError(f"{capability} cannot be switched: {outcome}, and wraps nothing")
+        own[0].switch(on)
 
 
 @contextlib.contextmanager

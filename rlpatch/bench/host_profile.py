@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import CodeType, FrameType
 from typing import Any
 
-from rlpatch.bench.memory_watch import TRAIN, Interval
+from rlpatch.bench.memory_watch import Interval, phase_at
 
 EVERY = 0.001  # seconds
 _KEPT = 40  # functions of a phase, in either order
@@ -60,15 +60,14 @@ def by_phase(
         looks: Moments (``time.perf_counter``) and the stacks then, in order; each counts for the time since the one before.
         intervals: The phases of that step; what lies in none is training's.
     """
-    inner = sorted(intervals, key=lambda one: -one.depth)
+    phase_then = phase_at(intervals)
     own: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     called: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     before = begin
     for moment, stack in looks:
         if not begin <= moment < end or not stack:
             continue
-        middle = (before + moment) / 2
-        phase = next((one.name for one in inner if one.start <= middle < one.end), TRAIN)
+        phase = phase_then((before + moment) / 2)
         names = [_name(code, module) for code, module in stack]
         own[phase][names[0]] += moment - before
         for name in set(names):

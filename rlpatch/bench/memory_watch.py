@@ -206,17 +206,22 @@ def innermost_over_time(intervals: Iterable[Interval], outside: str = TRAIN) -> 
     return changes
 
 
+def phase_at(intervals: Iterable[Interval]) -> Callable[[float], str]:
+    """Moment (seconds of ``time.perf_counter``) -> the innermost phase then; what lies in none is training's."""
+    changes = innermost_over_time(intervals)
+    times = [moment for moment, _ in changes]
+    return lambda moment: changes[bisect_right(times, moment) - 1][1]
+
+
 def memory_by_phase(
     samples: Iterable[tuple[float, int]], intervals: Iterable[Interval], since: float, until: float
 ) -> dict[str, dict[str, int]]:
     """Phase → ``{"max", "min", "samples"}``: bytes over the samples in [since, until] while it was the innermost."""
-    changes = innermost_over_time(intervals)
-    times = [moment for moment, _ in changes]
+    phase = phase_at(intervals)
     found: dict[str, dict[str, int]] = {}
     for moment, used in samples:
         if since <= moment <= until:
-            name = changes[bisect_right(times, moment) - 1][1]
-            row = found.setdefault(name, {"max": used, "min": used, "samples": 0})
+            row = found.setdefault(phase(moment), {"max": used, "min": used, "samples": 0})
             row["max"], row["min"] = max(row["max"], used), min(row["min"], used)
             row["samples"] += 1
     return found

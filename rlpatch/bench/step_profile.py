@@ -4,8 +4,8 @@ A step more than was asked for, left out of all medians, runs under torch's prof
 no calls of the host; each launch gets dearer all the same, so that a phase in which the device waits for the host (a small
 model's decoding) takes up to twice its time, and others hardly more. How long the device works is not touched by that.
 Kernels belong to the innermost phase in which they start; phases end when the device is done. Beside the bench's phases a
-profiled step has `PARTS` of training, and the optimizer's. On a CPU operators stand for
-kernels, those that compute and have none like them inside.
+profiled step has `PARTS` of training, and the optimizer's. On a CPU operators stand for kernels, those that compute and
+have none like them inside.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlpatch.bench.memory_watch import TRAIN, Interval
+from rlpatch.bench.memory_watch import TRAIN, Interval, phase_at
 
 # phase -> what it is in TRL and accelerate
 PARTS: tuple[tuple[str, str, str], ...] = (
@@ -88,12 +88,11 @@ def by_phase(events: Sequence[Event], intervals: Sequence[Interval], begin: floa
         events: What ran between `begin` and `end` (seconds of ``time.perf_counter``).
         intervals: The phases of that step; what lies in none is training's.
     """
-    inner = sorted(intervals, key=lambda one: -one.depth)
+    phase = phase_at(intervals)
     found: dict[str, list[Event]] = {}
     for event in events:
         if begin <= event.start < end:
-            phase = next((one.name for one in inner if one.start <= event.start < one.end), TRAIN)
-            found.setdefault(phase, []).append(event)
+            found.setdefault(phase(event.start), []).append(event)
     seconds = phase_seconds(intervals, begin, end)
     phases = {}
     for name in seconds:

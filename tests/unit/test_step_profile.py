@@ -109,7 +109,7 @@ def test_the_host_is_where_its_stack_was() -> None:
     assert made["generate"][0]["function"] == f"{__name__}:waits"
     assert "waits" not in {one["function"].partition(":")[2] for one in made["train"]}
     total = sum(one["own"] for found in made.values() for one in found)
-    assert total == pytest.approx(end - profile.began, abs=0.05)
+    assert total == pytest.approx(end - profile.began, abs=0.08)
     assert not any("_look" in one["function"] for found in made.values() for one in found)
 
     document = {"seconds": 1.0, "phases": {"generate": {"seconds": 0.4, "busy": 0.1, "kinds": {}, "kernels": []}}}
