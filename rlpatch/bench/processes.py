@@ -31,7 +31,7 @@ class Runner:
 
     Args:
         scratch: Folder for logs and trainers' output.
-        logs: Folder in which logs are kept, or None.
+        logs: Folder in which logs are kept, or None. Several benches may share it: names end in this process's number.
         timeout: Seconds until a process is killed, from when it has its job.
         module: What a process runs; its ``main`` reads the job with `read_job`.
         ahead: While one process is at work the next one imports what it will need: for figures that are no seconds.
@@ -54,8 +54,9 @@ class Runner:
 
     def dismiss(self) -> None:
         """End the processes that wait."""
-        for process, _log in self._waiting:
+        for process, log in self._waiting:
             _end(process)
+            log.unlink()
         self._waiting.clear()
 
     @property
@@ -77,7 +78,7 @@ class Runner:
     def _start(self, extra: Mapping[str, str], ahead: bool = True) -> tuple[subprocess.Popen[str], Path]:
         """A process that waits for its job, the last of those that do; `ahead`: and imports meanwhile."""
         self._made += 1
-        log = self.logs / f"process-{self._made:02d}.log"
+        log = self.logs / f"process-{self._made:02d}.{os.getpid()}.log"
         with log.open("w") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", self.module, *(["--ahead"] if ahead else [])],
@@ -101,7 +102,7 @@ class Runner:
         if not self._waiting:
             self._start({}, ahead=False)
         process, started = self._waiting.pop(0)
-        log = started.rename(self.logs / f"{self.count:02d}-{job.variant.replace(':', '-')}.log")
+        log = started.rename(self.logs / f"{self.count:02d}-{job.variant.replace(':', '-')}.{os.getpid()}.log")
         with Progress(title) as progress:
             assert process.stdin is not None and process.stdout is not None
             timer = threading.Timer(timeout or self.timeout, _kill, [process])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import sys
 import time
@@ -616,7 +617,23 @@ def test_processes_prepared_take_the_jobs_in_order(tmp_path: Path, monkeypatch: 
         {"model": "c", "ahead": False, "x": None},
     ]  # fmt: skip
     assert process.poll() is not None and runner.waiting == 0
-    assert [path.read_text() for path in sorted(runner.logs.glob("0*-trl.log"))] == ["said\n"] * 3
+    logs = sorted(runner.logs.glob("*.log"))
+    assert [path.name for path in logs] == [f"0{number}-trl.{os.getpid()}.log" for number in (1, 2, 3)]
+    assert [path.read_text() for path in logs] == ["said\n"] * 3
+
+
+def test_benches_that_share_a_folder_of_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two processes, of which the second gets its own number here."""
+    with child(tmp_path, monkeypatch, WAITS) as one, child(tmp_path, monkeypatch, WAITS) as other:
+        own = os.getpid()
+        one._start({})
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "getpid", lambda: own + 1)
+            other._start({})
+            assert other.run(JOB, "t")["result"]["ahead"]
+        assert one.run(JOB, "t")["result"]["ahead"]
+        one._start({})
+    assert sorted(path.name for path in one.logs.glob("*")) == [f"01-trl.{own}.log", f"01-trl.{own + 1}.log"]
 
 
 def test_the_next_process_starts_while_one_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
