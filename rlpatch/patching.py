@@ -30,7 +30,8 @@ class Patch:
 
     Args:
         module: Full name of the module that defines it, e.g. ``"vllm.entrypoints.llm"``.
-        path: Dotted path inside the module, e.g. ``"LLM.sleep"``.
+        path: Dotted path inside the module, e.g. ``"LLM.sleep"``; through an object that is no class (a Triton kernel),
+            the method of that one object.
         wrapper: Called as ``wrapper(wrapped, instance, args, kwargs)`` (wrapt's convention).
     """
 
@@ -159,9 +160,14 @@ class PatchSet:
 
 
 def _raw_attribute(parent: Any, attribute: str) -> tuple[Any, bool]:
-    """The attribute as stored (descriptors unbound) and whether it is inherited; (None, False) when absent."""
+    """The attribute as stored (descriptors unbound) and whether it is inherited; (None, False) when absent.
+
+    An object that is neither a module nor a class inherits from its class, and what it inherits is bound to it.
+    """
     if attribute in vars(parent):
         return vars(parent)[attribute], False
+    if not isinstance(parent, (type, ModuleType)):
+        return getattr(parent, attribute, None), True
     for base in getattr(parent, "__mro__", ())[1:]:
         if attribute in vars(base):
             return vars(base)[attribute], True

@@ -32,8 +32,10 @@ SOURCE = """
         @classmethod
         def klass(cls, x):
             return (cls.__name__, x)
+
+    one = Thing()
 """
-PATHS = ("free", "Thing.method", "Thing.static", "Thing.klass", "Thing.inherited")
+PATHS = ("free", "Thing.method", "Thing.static", "Thing.klass", "Thing.inherited", "one.method", "one.klass")
 
 
 @pytest.fixture
@@ -59,6 +61,8 @@ def call(module: Any, path: str) -> Any:
     owner: Any = module
     if path.startswith("Thing."):
         owner, path = module.Thing(), path.split(".")[1]
+    elif path.startswith("one."):
+        owner, path = module.one, path.split(".")[1]
     return getattr(owner, path)(1)
 
 
@@ -89,6 +93,18 @@ def test_every_order(target: str, path: str, order: str) -> None:
         assert raw(module, path) is original
     assert "patched" not in str(call(module, path))
     assert patch_set.revert() == []
+
+
+def test_a_method_of_one_object_alone(target: str) -> None:
+    """Its method is bound to it, and others of its class have theirs."""
+    module = importlib.import_module(target)
+    patch_set = PatchSet("test", [Patch(target, "one.method", marked)])
+    patch_set.apply()
+    assert module.one.method(1) == ("patched", ("method", 1)) and module.Thing().method(1) == ("method", 1)
+    patch_set.revert()
+    assert vars(module.one) == {} and module.one.method(1) == ("method", 1)
+    with pytest.raises(PatchError, match=r"one\.gone"):
+        PatchSet("test", [Patch(target, "one.gone", marked)]).apply()
 
 
 def test_a_set_that_is_switched_off_forwards(target: str) -> None:
