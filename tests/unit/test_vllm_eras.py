@@ -64,6 +64,7 @@ class Claim:
 LLM, CORE, FRONT = "entrypoints/llm.py", "v1/engine/core.py", "v1/engine/llm_engine.py"
 CLIENT = "v1/engine/core_client.py"
 WORKER, RUNNER, V2 = "v1/worker/gpu_worker.py", "v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"
+V2_LOGPROB = "v1/worker/gpu/sample/logprob.py"
 EXECUTOR, EXECUTOR_V0 = "v1/executor/abstract.py", "executor/executor_base.py"
 CUMEM = "device_allocator/cumem.py"
 LOADERS = "model_executor/model_loader/__init__.py"
@@ -243,6 +244,12 @@ CLAIMS = (
     Claim("bitsandbytes_v0_28", ">=0.28", BNB, "", there=False),
     # ---- rollout_gc ----
     Claim("rollout_gc_v0_9", ">=0.9.2", LLM, "LLM.generate", lacks=("gc.disable",)),
+    # ---- logprob_kernels ----
+    Claim("logprob_kernels_v0_12", "<0.12", V2_LOGPROB, "", there=False),
+    Claim("logprob_kernels_v0_12", ">=0.12", V2_LOGPROB, "compute_token_logprobs", ("logits", "token_ids")),
+    *(Claim("logprob_kernels_v0_12", ">=0.12", V2_LOGPROB, kernel, ("output_ptr", "logits_ptr", "logits_stride"),
+            has=("for i in range(0, vocab_size, BLOCK_SIZE)", "block = i + tl.arange(0, BLOCK_SIZE)"))
+      for kernel in ("_topk_log_softmax_kernel", "_ranks_kernel")),
     # ---- graph_capture_gc ----
     Claim("collector_v0_9", "<0.10", RUNNER, "GPUModelRunner.capture_model", lacks=("gc.",)),
     Claim("collector_v0_9 collector_v0_12", ">=0.10,<0.18", RUNNER, "GPUModelRunner.capture_model",
