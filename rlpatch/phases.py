@@ -418,7 +418,8 @@ class Colocation:
         parking = self.context.park_optimizer if parks is not None and parks(self.budget.trainer) else False
         left_out = self.context.providers.get("lora_casts")
         casts = left_out is None or not left_out(self.budget.model)
-        budget = replace(self.budget, parking=parking, expanding=self._expanding(), input_casts=casts)
+        saving = self.budget.saving and "saved_activations" in self.context.providers
+        budget = replace(self.budget, parking=parking, expanding=self._expanding(), input_casts=casts, saving=saving)
         return decide_memory(budget, arguments, room, release)
 
     def _expanding(self) -> bool | str:

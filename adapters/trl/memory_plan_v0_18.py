@@ -3,7 +3,8 @@
 The engine is built in ``GRPOTrainer.__init__`` and ``RLOOTrainer.__init__``, from 0.28 through a ``VLLMGeneration`` that
 holds the model but neither the trainer nor its config. So trainers are noted when ``transformers.Trainer.__init__`` gets
 their model, which is always before; the reference model and the reward models are attributes by then, the optimizer is
-not there yet. Whether ``vllm_gpu_memory_utilization`` was left alone is noted in the config's ``__post_init__``.
+not there yet. Whether ``vllm_gpu_memory_utilization`` and ``gradient_checkpointing`` were left alone is noted in the
+config's ``__post_init__``.
 Other trainers with an engine (Online DPO, GOLD, distillation) hold a teacher or a judge that the plan does not count.
 Delete when: never; the plan is rlpatch's.
 """
@@ -20,19 +21,21 @@ from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
 
-SETTING = "vllm_gpu_memory_utilization"
+SETTING, CHECKPOINTING = "vllm_gpu_memory_utilization", "gradient_checkpointing"
 _PLANNED = ("GRPOConfig", "RLOOConfig")
 
-# id of a config -> itself (weakly), and the default at which it was left. Outside the config: what is written into its
-# ``__dict__`` would end up in checkpoints.
-_alone: dict[int, tuple[weakref.ref[Any], float]] = {}
+# id of a config -> itself (weakly), and the defaults at which settings were left. Outside the config: what is written into
+# its ``__dict__`` would end up in checkpoints.
+_alone: dict[int, tuple[weakref.ref[Any], dict[str, Any]]] = {}
 _trainers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _post_init(wrapped: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if SETTING in given.left_alone(config, UPSTREAM):
+    left = {SETTING, CHECKPOINTING} & given.left_alone(config, UPSTREAM)
+    if left:
         key = id(config)
-        _alone[key] = (weakref.ref(config, lambda _: _alone.pop(key, None)), getattr(config, SETTING))
+        defaults = {name: getattr(config, name) for name in left}
+        _alone[key] = (weakref.ref(config, lambda _: _alone.pop(key, None)), defaults)
     return wrapped(*args, **kwargs)
 
 
@@ -41,10 +44,15 @@ def _trainer_init(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dic
     return wrapped(*args, **kwargs)
 
 
-def left_alone(config: Any) -> bool:
-    """Whether nobody set `SETTING` of `config`, in its construction or since."""
-    noted, default = _alone.get(id(config), (None, None))
-    return noted is not None and noted() is config and getattr(config, SETTING) == default
+def left_alone(config: Any, setting: str = SETTING) -> bool:
+    """Whether nobody set `setting` of `config` (`SETTING` or `CHECKPOINTING`), in its construction or since."""
+    noted, defaults = _alone.get(id(config), (None, {}))
+    return (
+        noted is not None
+        and noted() is config
+        and setting in defaults
+        and getattr(config, setting) == defaults[setting]
+    )
 
 
 def budget(generation: Any) -> Any:
@@ -67,6 +75,7 @@ def budget(generation: Any) -> Any:
         masters=prepared is not None and prepared.uses_masters,
         residual="float32" if prepared is not None and prepared.widened else None,
         head=_head(trainer),
+        saving=bool(getattr(trainer.args, CHECKPOINTING, False)) and left_alone(trainer.args, CHECKPOINTING),
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 # They decide at every call; others are settled when a trainer or an engine is built.
-CAPABILITIES = ("detokenize", "logprob_kernels", "lora_casts", "one_forward")
+CAPABILITIES = ("detokenize", "logprob_kernels", "lora_casts", "one_forward", "saved_activations")
 
 
 def is_without(step: int) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlpatch.errors import UsageError
 from rlpatch.memory.live import describe
-from rlpatch.memory.planning import FILL, Plan, first_that_fits, plan
+from rlpatch.memory.planning import FILL, TRAINING, Plan, default_margin, first_that_fits, plan
 from rlpatch.memory.sizes import show
 from rlpatch.memory.training import TILES
 
@@ -23,6 +23,7 @@ SETTING = "vllm_gpu_memory_utilization"  # TRL's
 _SIZED = ("kv_cache_memory_bytes", "num_gpu_blocks_override")  # arguments of ``LLM`` that size the KV cache outright
 _SPARE = 256  # tokens; vLLM's blocks may be larger than the plan's 16, and the first one is never used
 _LEAST = 1e-4  # vLLM refuses a share of 0
+_FREE = 0.05  # of the device, where nothing is recomputed: out of memory in a backward pass, nothing can be taken back
 # arguments of ``LLM`` -> fields of `rlpatch.memory.Engine`
 _FIELDS = {
     "max_num_seqs": "max_num_seqs",
@@ -85,6 +86,7 @@ class Budget:
             without.
         expanding: Whether torch's allocator expands its segments, likewise.
         head: See `rlpatch.memory.Training`.
+        saving: Gradient checkpointing may be left out where memory suffices without.
     """
 
     trainer: Any
@@ -96,6 +98,7 @@ class Budget:
     input_casts: bool = True
     parking: bool | str = False
     expanding: bool | str = False
+    saving: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Decision:
         arguments: Those of ``LLM`` that follow.
         parked: The optimizer's state is to wait in host memory between steps.
         expanded: torch's allocator is to expand its segments.
+        saving: The same plan for passes that save all their activations, where the trainer checkpoints and need not; it
+            keeps a twentieth of the device free. None: all passes are as the trainer is configured.
         warnings: To be said once.
     """
 
@@ -119,6 +124,13 @@ class Decision:
     warnings: tuple[str, ...] = ()
     parked: bool = False
     expanded: bool = False
+    saving: Plan | None = None
+
+    def for_pass(self, rows: int, length: int) -> Plan | None:
+        """The plan by which a forward and backward pass over `rows` sequences of `length` tokens, padding included, fits
+        with all its activations saved; None: it does not, or nobody wants it."""
+        made = self.saving
+        return made if made is not None and rows <= made.rows and length <= made.training_context else None
 
     def __str__(self) -> str:
         made = self.plan
@@ -128,8 +140,14 @@ class Decision:
         return (
             f"memory plan: {show(made.kv_cache_memory_bytes)} of KV cache ({made.kv_tokens:,} tokens), "
             f"{made.sized_by}{of}; beside it {show(made.generating)} stay resident, and training peaks at "
-            f"{show(made.training)}, of {show(made.available)} ({self.reason})"
+            f"{show(made.training)}, of {show(made.available)} ({self.reason}){self._saves()}"
         )
+
+    def _saves(self) -> str:
+        if self.saving is None:
+            return ""
+        context = self.saving.training_context
+        return f"; up to {context:,} tokens no layer is recomputed (gradient_checkpointing was left alone)"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``status()``; sizes in bytes, by term what is resident in which phase."""
@@ -154,6 +172,7 @@ class Decision:
             "rollout_context": made.rollout_context,
             "training_context": made.training_context,
             "passes_beside": made.passes_beside(),
+            "saving_context": self.saving.training_context if self.saving is not None else 0,
             "refusal": made.refusal,
             "peak": made.peak,
             "moments": made.moments,
@@ -193,7 +212,8 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
     if not budget.left_alone:
         refusal = () if made.refusal is None else (f"{SETTING}={given} was given; by the plan {made.refusal}",)
         warnings = tuple(f"memory plan: {text}" for text in (*made.warnings, *refusal))
-        return Decision(False, f"{SETTING}={given} was given", made, {}, warnings, parked, expanded)
+        saving = _saving(budget, arguments, room, release, given, parked, expanded, made)
+        return Decision(False, f"{SETTING}={given} was given", made, {}, warnings, parked, expanded, saving)
     warnings = made.warnings
     if made.refusal is not None and made.estimated:  # too little certainty to keep somebody from trying
         warnings = (*warnings, f"by estimate {made.refusal}")
@@ -218,7 +238,9 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
         reason += (
             f"; max_model_len={min(longest, positions)}, because the KV cache cannot hold the model's longest sequence"
         )
-    return Decision(True, reason, made, found, tuple(f"memory plan: {text}" for text in warnings), parked, expanded)
+    saving = _saving(budget, arguments, room, release, given, parked, expanded, made)
+    said = tuple(f"memory plan: {text}" for text in warnings)
+    return Decision(True, reason, made, found, said, parked, expanded, saving)
 
 
 def _planned(
@@ -244,8 +266,9 @@ def _plan(
     utilization: float | None,
     parked: bool,
     expanded: bool,
+    saving: bool = False,
 ) -> tuple[Plan, int]:
-    """The plan, and the positions that the model was made for."""
+    """The plan, and the positions that the model was made for. `saving`: for passes that save all their activations."""
     fields = {ours: arguments[name] for name, ours in _FIELDS.items() if arguments.get(name) is not None}
     if arguments.get("enable_lora"):
         fields |= {"lora_slots": arguments.get("max_loras") or 1, "lora_rank": arguments.get("max_lora_rank") or 16}
@@ -269,8 +292,33 @@ def _plan(
     )
     if "max_model_len" not in fields:  # vLLM takes the model's
         engine = replace(engine, longest=math.ceil(shape.positions * _stretch(budget.model)))
-    made = plan(shape, training, engine, room.total, others=room.others, utilization=utilization)
+    margin = None
+    if saving:
+        training, margin = (
+            replace(training, checkpointing=False),
+            max(int(_FREE * room.total), default_margin(room.total)),
+        )
+    made = plan(shape, training, engine, room.total, margin=margin, others=room.others, utilization=utilization)
     return made, shape.positions
+
+
+def _saving(
+    budget: Budget,
+    arguments: Mapping[str, Any],
+    room: Room,
+    release: Release,
+    utilization: float | None,
+    parked: bool,
+    expanded: bool,
+    made: Plan,
+) -> Plan | None:
+    """See `Decision.saving`; only if the KV cache that was planned still fits beside what such passes leave behind."""
+    if not budget.saving or made.refusal is not None:
+        return None
+    saving, _ = _plan(budget, arguments, room, release, utilization, parked, expanded, saving=True)
+    beside = sum(t.bytes for t in saving.terms if t.resident != TRAINING and t.name != "margin")
+    stays = made.kv_cache_memory_bytes + beside + default_margin(room.total)
+    return saving if saving.training_context and stays <= saving.available else None
 
 
 def _unbounded(arguments: Mapping[str, Any], release: Release) -> str:

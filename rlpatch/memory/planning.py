@@ -82,6 +82,7 @@ class Plan:
         sequences: Decoded at once.
         training_context: Tokens (prompt and completion) up to which training fits.
         needed_blocks: Blocks with which all `sequences` run at the planned length at once; more help prefixes only.
+        rows: Sequences of a micro-batch.
         tokens: Of a micro-batch as planned, padding included.
         waiting: What its forward pass keeps until its backward pass; see `passes_beside`.
         refusal: Why it does not fit: which term is too large, by how much, and what to do; None: it fits.
@@ -107,6 +108,7 @@ class Plan:
     sequences: int
     training_context: int
     needed_blocks: int
+    rows: int
     tokens: int
     waiting: int
     refusal: str | None = None
@@ -252,6 +254,7 @@ def plan(
         sequences=engine.max_num_seqs,
         training_context=_training_context(model, training, engine, available, margin),
         needed_blocks=per_sequence * engine.max_num_seqs + 1,
+        rows=training.batch,
         tokens=training.batch * training.length,
         waiting=waiting,
         warnings=tuple(warnings),

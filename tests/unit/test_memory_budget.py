@@ -353,3 +353,43 @@ def test_segments_are_expanded_where_the_plan_does_not_fit_otherwise(monkeypatch
 
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     assert expanding(False, length).plan == always.plan  # as the environment says
+
+
+def saving(
+    wanted: bool = True, total: int = 141 * GIB, left_alone: bool = True, model: Any = None, **args: Any
+) -> Decision:
+    own = budget(left_alone, model, **{"gradient_checkpointing": True, **args})
+    return decided(replace(own, saving=wanted), Room(total))
+
+
+def test_activations_are_saved_where_the_plan_has_room_for_them() -> None:
+    made, without = saving(), saving(False)
+    assert made.saving is not None and without.saving is None and made.plan == without.plan
+    assert made.arguments == without.arguments  # the KV cache comes first
+    assert made.plan is not None and made.saving.training > made.plan.training
+    assert "no layer is recomputed (gradient_checkpointing was left alone)" in str(made)
+    assert made.as_dict()["saving_context"] == made.saving.training_context > 768
+    assert "recomputed" not in str(without) and without.as_dict()["saving_context"] == 0
+
+    context = made.saving.training_context
+    assert made.for_pass(8, context) == made.for_pass(1, 100) == made.saving
+    assert made.for_pass(8, context + 1) is made.for_pass(9, 100) is without.for_pass(1, 100) is None
+    # a twentieth of the device stays free
+    least = saving(max_completion_length=context - 512)
+    assert least.saving is not None and least.saving.refusal is None
+    assert 0 <= 141 * GIB - least.saving.training < 2 * GIB and least.saving["margin"].bytes > 7 * GIB
+
+
+def test_activations_are_saved_however_the_cache_is_sized() -> None:
+    given = saving(left_alone=False)
+    assert given.saving is not None and not given.applied
+    adapted = saving(model=Adapted())
+    assert adapted.saving is not None
+
+
+def test_activations_give_way() -> None:
+    """To a KV cache that could not come back beside what such passes leave in torch's allocator, and to what is refused."""
+    small = saving(total=60 * GIB)
+    assert small.plan is not None and small.plan.refusal is None and small.plan.sized_by == "all that is left"
+    assert small.saving is None
+    assert saving(total=36 * GIB, left_alone=False).saving is None  # even with checkpoints training does not fit
