@@ -9,7 +9,7 @@ released and a twentieth of the device to spare, no layer is checkpointed in it.
 Only where a rollout has several backward passes and nothing waits for them (`one_forward` left alone: several iterations,
 RLOO, DDP, dropout): what activations take comes from the device once per rollout and goes back, with torch's cache, before
 the next, which costs about as much as one pass gains. Eight passes of 8 × 320 tokens of an 8B model with a LoRA take 3.82 s
-instead of 5.49 on an H200, and 13 GiB more (docs/steps.md).
+instead of 5.49 on an H200, and 34.6 GiB at most (docs/steps.md).
 
 The flag ``gradient_checkpointing`` of the model's modules is what transformers' layers look at in their forward pass (a
 backward pass goes by what was saved), so it is put out for one forward pass and put back, as TRL does with
