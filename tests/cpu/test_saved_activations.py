@@ -34,7 +34,7 @@ class Run:
     Attributes:
         rows: Of the log.
         passes: Of the model, forward.
-        layers: Calls of its first layer, recomputed ones included.
+        layers: Calls of its first layer's MLP, recomputed ones included.
         left: Attributes of rlpatch's that the trainer still has.
     """
 
@@ -80,7 +80,8 @@ def train(tiny_model: str, tmp_path: Path, bare: None) -> Iterator[Train]:
         passes: list[int] = []
         layers: list[int] = []
         trainer.model.register_forward_pre_hook(lambda *_: passes.append(1))
-        first = next(m for name, m in trainer.model.named_modules() if name.endswith("layers.0"))
+        # A part of it: newer releases of transformers checkpoint a layer's `forward`, past the hooks of the layer itself.
+        first = next(m for name, m in trainer.model.named_modules() if name.endswith("layers.0.mlp"))
         first.register_forward_pre_hook(lambda *_: layers.append(1))
         if prepare is not None:
             prepare(trainer)
