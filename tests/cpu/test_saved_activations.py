@@ -14,7 +14,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import rlpatch
 from rlpatch import phases
@@ -167,6 +167,48 @@ def test_a_plan_without_room_changes_nothing(train: Train) -> None:
 def test_left_alone(train: Train, job: dict[str, Any]) -> None:
     found = train(**job)
     assert found.layers == found.passes + 4
+
+
+def test_beside_a_kv_cache_that_is_there(train: Train) -> None:
+    """Somebody restored it after the rollout: the plan has no room for both."""
+
+    def restoring(trainer: Any) -> None:
+        (pair,) = phases.live()
+        assert pair.standby is not None
+        standby, owner = pair.standby, getattr(trainer, "vllm_generation", trainer)
+        name = "generate" if owner is not trainer else "_generate_single_turn"
+        generate = getattr(owner, name)
+
+        def generated(*args: Any, **kwargs: Any) -> Any:
+            if not standby.released:
+                standby.release()
+            found = generate(*args, **kwargs)
+            standby.restore()
+            return found
+
+        setattr(owner, name, generated)
+
+    found = train(restoring)
+    assert found.layers == found.passes + 4
+
+
+def test_beside_graphs_that_wait(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights changed under three graphs that wait, so that passes are made again: what waits is not in their plan."""
+    from rlpatch.adapters.trl import one_forward_v0_23
+
+    monkeypatch.setattr(one_forward_v0_23, "_beside", lambda *_: 2)
+
+    class Changes(TrainerCallback):  # type: ignore[misc]
+        def on_substep_end(self, *_: Any, model: Any, **__: Any) -> None:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.01)
+
+    found = train(
+        lambda trainer: trainer.add_callback(Changes()), apply={"one_forward": True}, gradient_accumulation_steps=3
+    )
+    # of each rollout the graph that was taken, and the pass beside which the third one waits; nothing waits beside the last
+    assert found.layers == found.passes + 2 * 2 and found.passes == 2 * (3 + 2)
 
 
 def test_a_single_pass_is_left_alone(train: Train) -> None:
