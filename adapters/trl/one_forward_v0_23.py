@@ -39,6 +39,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rlpatch.adapters.trl._logps import has_images, parted, relied_on
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
@@ -130,10 +131,8 @@ def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
     import torch
 
     state = vars(trainer)
-    # model, ids, mask, length; some releases pass more by position than others
-    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    scored, others = list(given.values())[:4], dict(list(given.items())[4:])
-    images = any(isinstance(value, (torch.Tensor, list, tuple)) for value in others.values())
+    scored, others = parted(wrapped, args, kwargs)
+    images = has_images(others)
     if torch.is_grad_enabled():
         if images:
             state.pop(_KEPT, None)
@@ -292,7 +291,7 @@ ADAPTER = Adapter(
     module=_MODULE,
     patches=_patches,
     relies_on=(
-        Relies(f"{_MODULE}:GRPOTrainer._get_per_token_logps_and_entropies", positional=("model",)),
+        relied_on(f"{_MODULE}:GRPOTrainer"),
         Relies(
             f"{_MODULE}:GRPOTrainer._generate_and_score_completions",
             contains=("self.use_vllm and self.vllm_importance_sampling_correction",),

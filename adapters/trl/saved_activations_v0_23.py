@@ -24,14 +24,13 @@ Delete when: TRL decides by memory.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
 
+from rlpatch.adapters.trl._logps import has_images, parted, relied_on
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
-from rlpatch.relies import Relies
 
 logger = logging.getLogger("rlpatch")
 
@@ -78,10 +77,8 @@ def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
     if not torch.is_grad_enabled():
         return wrapped(*args, **kwargs)
-    # model, ids, mask, length, others
-    given = list(inspect.signature(wrapped).bind(*args, **kwargs).arguments.values())
-    images = any(isinstance(value, (torch.Tensor, list, tuple)) for value in given[4:])
-    if images or plan_of(trainer, given[1]) is None:
+    (_model, ids, *_), others = parted(wrapped, args, kwargs)
+    if has_images(others) or plan_of(trainer, ids) is None:
         return wrapped(*args, **kwargs)
     try:
         with _saving(trainer.model):
@@ -89,7 +86,7 @@ def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
     except torch.OutOfMemoryError:
         pass
     # Not before the exception is gone, and with it what the failed pass had made.
-    _no_room(trainer, given[1])
+    _no_room(trainer, ids)
     return wrapped(*args, **kwargs)
 
 
@@ -124,8 +121,5 @@ ADAPTER = Adapter(
     module=_CLASSES[0][0],
     provides=plan_of,
     patches=_patches,
-    relies_on=(
-        *(Relies(f"{module}:{kind}.{_LOGPS}", positional=("model", "input_ids", "attention_mask", "logits_to_keep"))
-          for module, kind in _CLASSES),
-    ),
-)  # fmt: skip
+    relies_on=tuple(relied_on(f"{module}:{kind}") for module, kind in _CLASSES),
+)
