@@ -1,6 +1,7 @@
 """What ``_get_per_token_logps_and_entropies`` was called with, in whichever release.
 
-1.8 passes the batch size by position; 1.14 takes all but the model as ``*args`` and ``**kwargs`` and hands them on.
+1.8 passes the batch size by position; 1.14 takes all but the model as ``*args`` and ``**kwargs`` and hands them on, the
+first three by position.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 from rlpatch.relies import Relies
 
+WAITING = "_rlpatch_scored"  # a trainer's attribute: the graphs of `one_forward` that wait
 _SCORED = ("model", "input_ids", "attention_mask", "logits_to_keep")
 
 

@@ -39,7 +39,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rlpatch.adapters.trl._logps import has_images, parted, relied_on
+from rlpatch.adapters.trl._logps import WAITING, has_images, parted, relied_on
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
@@ -47,7 +47,7 @@ from rlpatch.relies import Relies
 logger = logging.getLogger("rlpatch")
 
 _MODULE = "trl.trainer.grpo_trainer"
-_ARMED, _KEPT = "_rlpatch_score_with_gradients", "_rlpatch_scored"
+_ARMED = "_rlpatch_score_with_gradients"
 _MOST = "_rlpatch_most_waiting"  # there was no memory for more
 _TOLD = "_rlpatch_told_of_another_order"
 
@@ -93,12 +93,12 @@ def _fits(trainer: Any) -> bool:
 
 def _score(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state = vars(trainer)
-    state.pop(_KEPT, None)  # of a rollout that did not come to its loss
+    state.pop(WAITING, None)  # of a rollout that did not come to its loss
     state[_ARMED] = _fits(trainer)
     try:
         return wrapped(*args, **kwargs)
     except BaseException:
-        state.pop(_KEPT, None)
+        state.pop(WAITING, None)
         raise
     finally:
         state.pop(_ARMED, None)
@@ -108,7 +108,7 @@ def _train(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
     try:
         return wrapped(*args, **kwargs)
     finally:
-        for name in (_KEPT, _MOST, _TOLD):
+        for name in (WAITING, _MOST, _TOLD):
             vars(trainer).pop(name, None)
 
 
@@ -135,7 +135,7 @@ def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
     images = has_images(others)
     if torch.is_grad_enabled():
         if images:
-            state.pop(_KEPT, None)
+            state.pop(WAITING, None)
         found = None if images else _taken(trainer, scored)
         return wrapped(*args, **kwargs) if found is None else found
     # The policy's own comes first; a reference made of the same model with its adapters switched off comes later.
@@ -148,7 +148,7 @@ def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
             return _in_micro_batches(wrapped, trainer, scored, others, batches)
         return wrapped(*args, **kwargs)
     except torch.OutOfMemoryError:
-        waiting = state.pop(_KEPT, None)
+        waiting = state.pop(WAITING, None)
         if waiting is None:
             raise
         count = len(waiting.batches)
@@ -198,7 +198,7 @@ def _in_micro_batches(
     if "compute_aux_loss" in inspect.signature(wrapped).parameters:
         graph["compute_aux_loss"] = trainer.aux_loss_enabled
     kept = _Scored(model, length, _weights(trainer), [])
-    vars(trainer)[_KEPT] = kept
+    vars(trainer)[WAITING] = kept
     found: tuple[Any, ...] = ()
     logps: list[Any] = []
     allowed, before, most = 1, _allocated(ids.device), vars(trainer).get(_MOST, len(batches))
@@ -246,7 +246,7 @@ def _taken(trainer: Any, scored: list[Any]) -> tuple[Any, ...] | None:
     import torch
 
     state = vars(trainer)
-    kept = state.get(_KEPT)
+    kept = state.get(WAITING)
     if kept is None:
         return None
     ids, mask, found = kept.batches.pop(0)
@@ -260,7 +260,7 @@ def _taken(trainer: Any, scored: list[Any]) -> tuple[Any, ...] | None:
                 "were drawn since they were scored (by a reward function?). The model runs once more on them"
             )
     if rows is None or not kept.batches or trainer.accelerator.sync_gradients:  # the weights change after this one
-        del state[_KEPT]
+        del state[WAITING]
     if rows is None:
         return None
     if torch.equal(rows, torch.arange(len(rows), device=rows.device)):

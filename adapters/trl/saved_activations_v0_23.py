@@ -8,8 +8,8 @@ released and a twentieth of the device to spare, no layer is checkpointed in it.
 
 Only where a rollout has several backward passes and nothing waits for them (`one_forward` left alone: several iterations,
 RLOO, DDP, dropout): what activations take comes from the device once per rollout and goes back, with torch's cache, before
-the next, which costs about as much as one pass gains. Eight passes of 8 × 320 tokens of an 8B model with a LoRA take 3.82 s
-instead of 5.49 on an H200, and 34.6 GiB at most (docs/steps.md).
+the next, which costs about as much as one pass gains. The training of a step, eight passes of 8 × 320 tokens of an 8B model
+with a LoRA, takes 3.82 s instead of 5.49 on an H200, and 34.6 GiB at most (docs/steps.md).
 
 The flag ``gradient_checkpointing`` of the model's modules is what transformers' layers look at in their forward pass (a
 backward pass goes by what was saved), so it is put out for one forward pass and put back, as TRL does with
@@ -28,7 +28,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from rlpatch.adapters.trl._logps import has_images, parted, relied_on
+from rlpatch.adapters.trl._logps import WAITING, has_images, parted, relied_on
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
 
@@ -37,25 +37,22 @@ logger = logging.getLogger("rlpatch")
 _CLASSES = (("trl.trainer.grpo_trainer", "GRPOTrainer"), ("trl.trainer.rloo_trainer", "RLOOTrainer"))
 _LOGPS = "_get_per_token_logps_and_entropies"
 _FULL = "_rlpatch_no_room_to_save"  # memory did not suffice once
-_WAITS = "_rlpatch_scored"  # of `one_forward`
 
 
-def plan_of(trainer: Any, ids: Any) -> Any:
-    """The plan (`rlpatch.memory.Plan`) by which a pass of the trainer over `ids` (rows × tokens) saves all its activations;
-    None: it checkpoints as the trainer is configured."""
+def saves(trainer: Any, ids: Any) -> bool:
+    """Whether a pass of the trainer over `ids` (rows × tokens) saves all its activations; else it checkpoints as the
+    trainer is configured."""
     from rlpatch import phases
 
     state, arguments = vars(trainer), trainer.args
-    if state.get(_FULL) or state.get(_WAITS) is not None:
-        return None
+    if state.get(_FULL) or state.get(WAITING) is not None:
+        return False
     if arguments.steps_per_generation * trainer.num_iterations < 2:
-        return None
-    for pair in phases.of_parameters(trainer.model):
-        if pair.memory is not None and pair.standby is not None and pair.standby.released:
-            made = pair.memory.for_pass(*ids.shape)
-            if made is not None:
-                return made
-    return None
+        return False
+    return any(
+        pair.memory is not None and pair.standby is not None and pair.standby.released and pair.memory.saves(*ids.shape)
+        for pair in phases.of_parameters(trainer.model)
+    )
 
 
 @contextlib.contextmanager
@@ -78,7 +75,7 @@ def _logps(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, 
     if not torch.is_grad_enabled():
         return wrapped(*args, **kwargs)
     (_model, ids, *_), others = parted(wrapped, args, kwargs)
-    if has_images(others) or plan_of(trainer, ids) is None:
+    if has_images(others) or not saves(trainer, ids):
         return wrapped(*args, **kwargs)
     try:
         with _saving(trainer.model):
@@ -119,7 +116,7 @@ ADAPTER = Adapter(
     library="trl",
     versions=">=0.23,<1.17",
     module=_CLASSES[0][0],
-    provides=plan_of,
+    provides=saves,
     patches=_patches,
     relies_on=tuple(relied_on(f"{module}:{kind}") for module, kind in _CLASSES),
 )

@@ -126,11 +126,11 @@ class Decision:
     expanded: bool = False
     saving: Plan | None = None
 
-    def for_pass(self, rows: int, length: int) -> Plan | None:
-        """The plan by which a forward and backward pass over `rows` sequences of `length` tokens, padding included, fits
-        with all its activations saved; None: it does not, or nobody wants it."""
+    def saves(self, rows: int, length: int) -> bool:
+        """Whether a forward and backward pass over `rows` sequences of `length` tokens, padding included, is to save all
+        its activations, and fits with them."""
         made = self.saving
-        return made if made is not None and rows <= made.rows and length <= made.training_context else None
+        return made is not None and rows <= made.rows and length <= made.training_context
 
     def __str__(self) -> str:
         made = self.plan
@@ -209,10 +209,13 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
         return Decision(False, reason, warnings=(f"memory plan: {reason}",) if budget.left_alone else ())
     if not any(term.name == "weights, shared" for term in made.terms):
         return Decision(False, "trainer and engine have different dtypes, and share nothing", made)
+    saving = None
+    if budget.saving and made.refusal is None:
+        saves, _ = _plan(budget, arguments, room, release, given, parked, expanded, saving=True)
+        saving = saves if _fits_saving(saves, made, room) else None
     if not budget.left_alone:
         refusal = () if made.refusal is None else (f"{SETTING}={given} was given; by the plan {made.refusal}",)
         warnings = tuple(f"memory plan: {text}" for text in (*made.warnings, *refusal))
-        saving = _saving(budget, arguments, room, release, given, parked, expanded, made)
         return Decision(False, f"{SETTING}={given} was given", made, {}, warnings, parked, expanded, saving)
     warnings = made.warnings
     if made.refusal is not None and made.estimated:  # too little certainty to keep somebody from trying
@@ -238,7 +241,6 @@ def decide(budget: Budget, arguments: Mapping[str, Any], room: Room, release: Re
         reason += (
             f"; max_model_len={min(longest, positions)}, because the KV cache cannot hold the model's longest sequence"
         )
-    saving = _saving(budget, arguments, room, release, given, parked, expanded, made)
     said = tuple(f"memory plan: {text}" for text in warnings)
     return Decision(True, reason, made, found, said, parked, expanded, saving)
 
@@ -294,31 +296,17 @@ def _plan(
         engine = replace(engine, longest=math.ceil(shape.positions * _stretch(budget.model)))
     margin = None
     if saving:
-        training, margin = (
-            replace(training, checkpointing=False),
-            max(int(_FREE * room.total), default_margin(room.total)),
-        )
+        training = replace(training, checkpointing=False)
+        margin = max(int(_FREE * room.total), default_margin(room.total))
     made = plan(shape, training, engine, room.total, margin=margin, others=room.others, utilization=utilization)
     return made, shape.positions
 
 
-def _saving(
-    budget: Budget,
-    arguments: Mapping[str, Any],
-    room: Room,
-    release: Release,
-    utilization: float | None,
-    parked: bool,
-    expanded: bool,
-    made: Plan,
-) -> Plan | None:
-    """See `Decision.saving`; only if the KV cache that was planned still fits beside what such passes leave behind."""
-    if not budget.saving or made.refusal is not None:
-        return None
-    saving, _ = _plan(budget, arguments, room, release, utilization, parked, expanded, saving=True)
-    beside = sum(t.bytes for t in saving.terms if t.resident != TRAINING and t.name != "margin")
+def _fits_saving(saves: Plan, made: Plan, room: Room) -> bool:
+    """Whether there is a length that `saves` has room for, and the KV cache of `made` fits beside what its passes leave."""
+    beside = sum(t.bytes for t in saves.terms if t.resident != TRAINING and t.name != "margin")
     stays = made.kv_cache_memory_bytes + beside + default_margin(room.total)
-    return saving if saving.training_context and stays <= saving.available else None
+    return saves.training_context > 0 and stays <= saves.available
 
 
 def _unbounded(arguments: Mapping[str, Any], release: Release) -> str:

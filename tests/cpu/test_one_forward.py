@@ -134,32 +134,36 @@ def test_what_a_launcher_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_was_kept_goes_where_images_come() -> None:
     """Else two graphs would be there at once. No model here takes images: the adapter's own function, called."""
-    from rlpatch.adapters.trl.one_forward_v0_23 import _KEPT, _logps
+    from rlpatch.adapters.trl.one_forward_v0_23 import WAITING, _logps
 
     class Trainer:
         pass
 
-    def logps(model: Any, ids: Any, mask: Any, length: int, batch_size: Any = None, pixel_values: Any = None) -> str:
+    def logps(
+        model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, batch_size: Any = None,
+        pixel_values: Any = None,
+    ) -> str:  # fmt: skip
         return "wrapped"
 
     trainer = Trainer()
-    vars(trainer)[_KEPT] = object()
+    vars(trainer)[WAITING] = object()
     scored = (trainer, torch.ones(1), torch.ones(1), 1)
     assert _logps(logps, trainer, scored, {"pixel_values": torch.ones(1)}) == "wrapped"
-    assert _KEPT not in vars(trainer)
+    assert WAITING not in vars(trainer)
 
 
 @pytest.mark.parametrize("positional", [4, 5])
 def test_only_the_policy_s_own_log_probs_are_kept(positional: int) -> None:
     """TRL 1.8 gives the batch size by position, 1.16 by name; a reference made of the same model comes after the policy."""
-    from rlpatch.adapters.trl.one_forward_v0_23 import _ARMED, _KEPT, _logps
+    from rlpatch.adapters.trl.one_forward_v0_23 import _ARMED, WAITING, _logps
 
     policy = torch.ones(2, requires_grad=True)
 
     def logps(
-        model: Any, ids: Any, mask: Any, length: int, batch_size: Any = None, compute_entropy: bool = False
-    ) -> tuple[Any, Any]:
-        return (policy * ids.sum(), None) if model.adapters else (torch.zeros(2), None)
+        model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, batch_size: Any = None,
+        compute_entropy: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        return (policy * input_ids.sum(), None) if model.adapters else (torch.zeros(2), None)
 
     model = SimpleNamespace(adapters=True, is_gradient_checkpointing=False, parameters=lambda: [policy])
     trainer = SimpleNamespace(
@@ -177,9 +181,9 @@ def test_only_the_policy_s_own_log_probs_are_kept(positional: int) -> None:
         model.adapters = False
         assert not _logps(logps, trainer, *call)[0].any()
         model.adapters = True
-    assert _KEPT in vars(trainer)
+    assert WAITING in vars(trainer)
     found, _ = _logps(logps, trainer, given[:4], {"compute_entropy": True})
-    assert found.requires_grad and found.tolist() == [6, 6] and _KEPT not in vars(trainer)
+    assert found.requires_grad and found.tolist() == [6, 6] and WAITING not in vars(trainer)
 
 
 # ---- a rollout of several micro-batches ------------------------------------------------------------------------------
