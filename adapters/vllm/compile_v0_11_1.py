@@ -3,7 +3,7 @@
 ``CompilationConfig`` moved to ``vllm/config/compilation.py``; ``mode`` and ``cudagraph_mode`` are independent (full graphs
 "are supported with and without compilation"; ``level`` is an alias until 0.17), ``use_cudagraph`` and ``full_cuda_graph``
 are gone. New: ``cudagraph_specialize_lora``, combo kernels (switched on with torch >= 2.9 unless
-``inductor_compile_config`` names them), AOT compilation, and variables that keep single sizes from being autotuned.
+``inductor_compile_config`` names them), AOT compilation, and variables for how single sizes are tuned.
 FlashInfer's autotuning has no switch of its own yet, optimization levels (0.12) no neighbour without them to fall back on.
 Delete when: the oldest supported vLLM is 0.16.
 """

@@ -36,7 +36,7 @@ ADAPTER = Adapter(
         compiled="this vLLM has no CUDA graphs without compilation that were read to work",
         optimization=era.NO_LEVELS,
         sampler_warmup=era.NO_WARM_UP,
-        static_sizes="this vLLM autotunes every single size, which takes minutes",
+        static_sizes="this vLLM tunes every single size by coordinate descent, which takes minutes",
         aot=era.NO_AOT,
         memory_plan=era.NO_PLAN,
     ),

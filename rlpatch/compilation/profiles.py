@@ -126,7 +126,7 @@ SETTINGS: dict[str, Setting] = {
         "vLLM's optimization level 1: compiled, CUDA graphs piecewise only, fewer fusions", _always(optimization=1)
     ),
     "static-size": Setting(
-        "one more compilation for exactly max_num_seqs tokens, without autotuning", _static
+        "one more compilation for exactly max_num_seqs tokens, whose matrix products get the fastest kernels", _static
     ),
     "aot": Setting("what Dynamo traced is cached, too (the default with torch >= 2.10)", _always(aot=True)),
     "mega-aot": Setting(
@@ -146,8 +146,8 @@ THROUGHPUT = ("model-info", "capture-sizes", "lora-graphs", "plain-sampling", "m
 PROFILES: dict[str, tuple[str, ...]] = {"default": (), "fast-start": FAST_START, "throughput": THROUGHPUT}
 
 REFUSED = {
-    "max-autotune": "Inductor would try Triton templates against cuBLAS for every matrix product while the engine starts; "
-    "that takes minutes, and vLLM's matrix products are calls into libraries that it does not replace",
+    "max-autotune": "Inductor would choose the kernels of all matrix products for the size that it traces with, and "
+    "keep them for all; 'static-size' chooses them for the size that rollouts decode with",
     "coordinate-descent": "coordinate_descent_tuning has taken an engine's compilation from under 1 to over 13 minutes",
     "multi-kernel": "multi_kernel misbehaved under vLLM 0.10 with torch 2.8 and 2.9",
     "no-cache": "VLLM_DISABLE_COMPILE_CACHE=1 makes every start a cold one",

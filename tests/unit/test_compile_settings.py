@@ -288,10 +288,10 @@ def test_given_arguments_win(argument: str) -> None:
 
 
 def test_set_variables_win_and_the_setting_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE", "1")
+    monkeypatch.setenv("VLLM_ENABLE_INDUCTOR_COORDINATE_DESCENT_TUNING", "1")
     made = decide("static-size")
-    assert made.left == {"static-size": "VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE=1 was given"}
-    assert not made.arguments and not made.environment  # not compiled for one size with autotuning
+    assert made.left == {"static-size": "VLLM_ENABLE_INDUCTOR_COORDINATE_DESCENT_TUNING=1 was given"}
+    assert not made.arguments and not made.environment  # not compiled for one size with what takes minutes
 
 
 def test_variables_that_were_read_for_good_are_not_set() -> None:
@@ -301,9 +301,9 @@ def test_variables_that_were_read_for_good_are_not_set() -> None:
 
 def test_variables_are_set_while_the_engine_is_built_only() -> None:
     made = decide("static-size")
-    assert set(made.environment) == set(era.AUTOTUNE_VARIABLES)
+    assert made.environment == dict(zip(era.AUTOTUNE_VARIABLES, ("1", "0"), strict=True))
     with pytest.raises(RuntimeError, match="no engine"), made.in_force():
-        assert all(os.environ[name] == "0" for name in era.AUTOTUNE_VARIABLES)
+        assert {name: os.environ[name] for name in era.AUTOTUNE_VARIABLES} == made.environment
         raise RuntimeError("no engine")
     assert not set(era.AUTOTUNE_VARIABLES) & set(os.environ)
 
