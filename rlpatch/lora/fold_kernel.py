@@ -38,6 +38,7 @@ _FOLD, _FOLD_REST, _UNFOLD = 0, 1, 2
 _ABSENT, _NOT_FINITE = -1, -2  # a tile's state
 _FIRST_SHARE = 4e-4  # words per element; grows with what folds turn out to need
 _GROWTH = 1.1
+_LEAST_ROOM = 1 << 14  # words
 _CHUNK = 96 << 20  # bytes of factors per launch
 _BLOCK = 1024  # of their elements per program
 _FACTORS = {torch.float32, torch.bfloat16, torch.float16}
@@ -240,7 +241,7 @@ class TritonPasses:
         state = self._state = torch.full((tiles,), _ABSENT, dtype=torch.int64, device=device)
         sums = torch.zeros(len(targets), dtype=torch.int64, device=device)
         elements = sum(target.weight.numel() for target in targets)
-        room = max(1 << 14, int(elements * max(_FIRST_SHARE, _GROWTH * self._need)))
+        room = max(_LEAST_ROOM, int(elements * max(_FIRST_SHARE, _GROWTH * self._need)))
         words = self._words = torch.empty(room, dtype=torch.int16, device=device)
         desk = _Desk(self._launches)
         used, mode, check = 0, _FOLD, not self._sums

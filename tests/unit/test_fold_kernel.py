@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 CASES = Path(__file__).with_name("fold_kernel_cases.py")
 
 
+@pytest.mark.timeout(2400)  # the interpreter takes five minutes on a core of its own
 def test_cases_in_the_interpreter() -> None:
     # -p no:cacheprovider, --rootdir: nothing of this run may touch the one around it
     command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-x", "-p", "no:cacheprovider"]

