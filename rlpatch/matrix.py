@@ -427,17 +427,6 @@ commands =
     mypy
     python -m rlpatch matrix --check
 
-[testenv:kernels]
-description = the Triton kernels, in Triton's interpreter, with the newest pair's torch and vLLM
-set_env =
-    {{[pair]set_env}}
-    UV_OVERRIDE = {{tox_root}}{{/}}tests{{/}}overrides_kernels.txt
-# The interpreter of Triton 3.9 refuses masks made with a scalar's comparison.
-deps =
-    {build}
-    triton<3.9
-commands = pytest {{posargs:tests/unit/test_fold_kernel.py tests/unit/test_logprob_kernels.py}}
-
 [pair]
 description = real vLLM and TRL on the CPU
 set_env =
@@ -447,6 +436,18 @@ set_env =
     TOKENIZERS_PARALLELISM = false
     UV_OVERRIDE = {{tox_root}}{{/}}tests{{/}}overrides.txt
     VLLM_NO_USAGE_STATS = 1
+"""
+
+_TOX_KERNELS = """
+[testenv:kernels]
+description = the Triton kernels, in Triton's interpreter, with the newest pair's torch and vLLM
+set_env =
+    {{[pair]set_env}}
+    UV_OVERRIDE = {{tox_root}}{{/}}tests{{/}}overrides_kernels.txt
+deps =
+    {build}
+    triton
+commands = pytest {{posargs:tests/unit/test_fold_kernel.py tests/unit/test_logprob_kernels.py}}
 """
 
 _TOX_PAIR = """
@@ -466,8 +467,10 @@ def tox_ini(matrix: Matrix) -> str:
     """The text of tox.ini: ``lint``, ``unit``, ``kernels``, each CI pair (newest first), and what only runs by name: other
     pairs that ran on a CPU, and ``contracts``.
     """
-    names = ["lint", "unit", "kernels", *(pair.environment for pair in matrix.ci)]
-    text = _HEADER + _TOX.format(environments=", ".join(names), build=_build((matrix.ci or matrix.pairs)[0]))
+    newest = matrix.ci[:1]
+    names = ["lint", "unit", *("kernels" for _ in newest), *(pair.environment for pair in matrix.ci)]
+    text = _HEADER + _TOX.format(environments=", ".join(names))
+    text += "".join(_TOX_KERNELS.format(build=_build(pair)) for pair in newest)
     for pair in matrix.runnable:
         others = "\n    ".join(("accelerate", "datasets", "peft", *pair.extra))
         first = f"pytest {{posargs:{' '.join(pair.tests or ('tests/unit', 'tests/cpu'))}}}"

@@ -126,7 +126,7 @@ SETTINGS: dict[str, Setting] = {
         "vLLM's optimization level 1: compiled, CUDA graphs piecewise only, fewer fusions", _always(optimization=1)
     ),
     "static-size": Setting(
-        "one more compilation for exactly max_num_seqs tokens, whose matrix products get the fastest kernels", _static
+        "one more compilation for exactly max_num_seqs tokens, whose matrix products Inductor chooses kernels for", _static
     ),
     "aot": Setting("what Dynamo traced is cached, too (the default with torch >= 2.10)", _always(aot=True)),
     "mega-aot": Setting(
