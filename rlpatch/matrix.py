@@ -447,7 +447,7 @@ set_env =
 deps =
     {build}
     triton
-commands = pytest {{posargs:tests/unit/test_fold_kernel.py tests/unit/test_logprob_kernels.py}}
+commands = pytest {{posargs:tests/unit/test_fold_kernel.py tests/unit/test_logprob_kernels.py tests/unit/test_skinny.py}}
 """
 
 _TOX_PAIR = """

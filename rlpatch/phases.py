@@ -51,6 +51,7 @@ from rlpatch.registry import Context
 from rlpatch.sharing.account import rehouse
 from rlpatch.sharing.late import Crowded, free_bytes
 from rlpatch.sharing.share import Renamer, Sharing, Slot, own_storage, trainer_slots
+from rlpatch.skinny.linear import CHOICES, Shape
 from rlpatch.standby import KVStandby, make_room
 
 logger = logging.getLogger("rlpatch")
@@ -145,6 +146,7 @@ class Colocation:
         replaced: Tensors whose trained copy (``modules_to_save``) has taken the original's place in the engine.
         memory: What became of the memory plan; None before the engine is built.
         unexpanded: Why torch's allocator runs without expandable segments (see `rlpatch.allocator`), or None.
+        skinny: What its decode steps' linear layers were timed for (`rlpatch.skinny.linear`); None: they were not.
     """
 
     context: Context
@@ -172,6 +174,7 @@ class Colocation:
     number: int = 0
     unexpanded: str | None = None
     compilation: Compilation | None = None
+    skinny: list[tuple[Shape, int]] | None = None
     _rolling: bool = False
     _instead: Adaptation | None = None
     _guest_fold: FoldPolicy | None = None
@@ -829,6 +832,7 @@ class Colocation:
             "no expandable segments": self.unexpanded,
             "compile": self.compilation.describe() if self.compilation is not None else None,
             "memory_plan": self.memory.as_dict() if self.memory is not None else None,
+            "skinny_linear": CHOICES.describe(self.skinny) if self.skinny is not None else None,
             "agreement": self.agreement.describe(),
             "seconds": dict(self.seconds),
         }  # fmt: skip

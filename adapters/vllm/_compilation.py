@@ -88,6 +88,27 @@ def kernel_autotune(value: bool) -> Changes:
     return Changes(arguments={"enable_flashinfer_autotune": value}, unless=("kernel_config",))
 
 
+def attention_splits(value: int) -> Changes | str:
+    """A bound for what FlashAttention's scheduler may choose; above one, ``flash_fwd_combine`` is part of every graph."""
+    from vllm.config import AttentionConfig
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return NO_CUDA
+    return Changes(arguments={"attention_config": AttentionConfig(flash_attn_max_num_splits_for_cuda_graph=value)})
+
+
+def launch_overlap(value: bool) -> Changes | str:
+    import torch._inductor.config as inductor
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return NO_CUDA
+    if not hasattr(inductor.triton, "enable_pdl"):
+        return "this torch's Inductor launches no kernel early"
+    return Changes(inductor={"triton.enable_pdl": value})
+
+
 def memory_plan(value: bool) -> Changes:
     return Changes(environment={"VLLM_ENABLE_STARTUP_PLAN": str(int(value))})
 
@@ -166,10 +187,10 @@ def patches_of_a_sampler(context: Context) -> list[Patch]:
     return [*patches(context), Patch("vllm.sampling_params", "SamplingParams.for_sampler_warmup", _warm_up)]
 
 
-Terms = Mapping[str, Callable[[Any], Changes]]
+Terms = Mapping[str, Callable[[Any], Changes | str]]
 
 # Values for which a term's names are looked up; any will do.
-_SAMPLES: dict[str, Any] = {"capture sizes": [1], "static sizes": [1], "optimization": 1}
+_SAMPLES: dict[str, Any] = {"capture sizes": [1], "static sizes": [1], "optimization": 1, "attention splits": 1}
 
 NO_LORA_GRAPHS = "this vLLM captures one set of CUDA graphs, with or without adapters"
 NO_AUTOTUNE = "this vLLM has no switch for it"
@@ -177,6 +198,9 @@ NO_COMBO = "this vLLM uses no combo kernels"
 NO_AOT = "this vLLM does not cache what Dynamo traced"
 NO_PLAN = "this vLLM remembers no memory plan"
 NO_WARM_UP = "this vLLM warms up no sampler with every feature"
+NO_CUDA = "the engine does not run on CUDA"
+NO_SPLITS = "this vLLM bounds no splits of attention, or it was not tried there"
+NO_OVERLAP = "the torch of this vLLM has no such option, or it was not tried there"
 NO_LEVELS = "this vLLM has no optimization levels that leave the rest alone"
 
 
@@ -191,6 +215,8 @@ def probe(terms: Terms) -> Callable[[], str | None]:
                 change = translate(_SAMPLES.get(term, False))
             except ImportError as error:
                 return f"{term}: {error}"
+            if isinstance(change, str):
+                continue
             for names, known in (
                 (change.config, fields), (change.arguments, found.arguments), (change.environment, found.variables),
             ):  # fmt: skip
@@ -248,4 +274,5 @@ SAMPLER = (
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.capture_model", lacks=("self.sampler", "self.sample_tokens")
     ),
 )
+SPLITS = (Relies("vllm.config:AttentionConfig", parameters=("flash_attn_max_num_splits_for_cuda_graph",)),)
 INSPECTION = Relies("vllm.model_executor.models.registry:_run_in_subprocess", positional=("fn",))

@@ -41,6 +41,8 @@ ADAPTER = Adapter(
         kernel_autotune=era.NO_AUTOTUNE,
         optimization=era.NO_LEVELS,
         sampler_warmup=era.NO_WARM_UP,
+        attention_splits=era.NO_SPLITS,
+        launch_overlap=era.NO_OVERLAP,
         whole_artifact="this vLLM has no such artifact before 0.15, and it is young there",
         memory_plan=era.NO_PLAN,
     ),

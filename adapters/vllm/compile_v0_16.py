@@ -28,6 +28,12 @@ ADAPTER = Adapter(
     module="vllm.entrypoints.llm",
     probe=era.probe(TERMS),
     patches=era.patches,
-    provides=era.dialect(TERMS, sampler_warmup=era.NO_WARM_UP, memory_plan=era.NO_PLAN),
+    provides=era.dialect(
+        TERMS,
+        sampler_warmup=era.NO_WARM_UP,
+        memory_plan=era.NO_PLAN,
+        attention_splits=era.NO_SPLITS,
+        launch_overlap=era.NO_OVERLAP,
+    ),
     relies_on=era.relies(fields=before.FIELDS, arguments=ARGUMENTS, variables=VARIABLES, others=before.OTHERS),
 )

@@ -9,6 +9,8 @@ engines are left alone). The warm-up runs the model as before, so that workspace
 profile samples with the same parameters, and then counts what rollouts need.
 ``VLLM_USE_V2_MODEL_RUNNER`` chooses that runner, from 0.22 on ``VllmConfig.use_v2_model_runner`` by the model; V1 warms its
 sampler up after the graphs and without these parameters.
+``attention_config`` is there since 0.13, Inductor's ``triton.enable_pdl`` where torch has it; both were tried
+with 0.25.1 alone.
 Delete when: the oldest supported vLLM is 0.26.
 """
 
@@ -19,7 +21,13 @@ from rlpatch.adapters.vllm import compile_v0_11_1 as first
 from rlpatch.adapters.vllm import compile_v0_16 as before
 from rlpatch.registry import Adapter
 
-TERMS: era.Terms = {**before.TERMS, "sampler warmup": era.plain_warm_up}
+TERMS: era.Terms = {
+    **before.TERMS,
+    "sampler warmup": era.plain_warm_up,
+    "attention splits": era.attention_splits,
+    "launch overlap": era.launch_overlap,
+}
+ARGUMENTS = (*before.ARGUMENTS, "attention_config")
 
 ADAPTER = Adapter(
     capability="compile",
@@ -31,8 +39,8 @@ ADAPTER = Adapter(
     provides=era.dialect(TERMS, memory_plan=era.NO_PLAN),
     relies_on=era.relies(
         fields=first.FIELDS,
-        arguments=before.ARGUMENTS,
+        arguments=ARGUMENTS,
         variables=before.VARIABLES,
-        others=(*first.OTHERS, *era.SAMPLER),
+        others=(*first.OTHERS, *era.SAMPLER, *era.SPLITS),
     ),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from rlpatch.adapters.vllm import _compilation as era
 from rlpatch.adapters.vllm import compile_v0_11_1 as first
-from rlpatch.adapters.vllm import compile_v0_16 as arguments
+from rlpatch.adapters.vllm import compile_v0_16 as variables
 from rlpatch.adapters.vllm import compile_v0_17 as before
 from rlpatch.registry import Adapter
 
@@ -26,8 +26,8 @@ ADAPTER = Adapter(
     provides=era.dialect(TERMS),
     relies_on=era.relies(
         fields=first.FIELDS,
-        arguments=arguments.ARGUMENTS,
-        variables=(*arguments.VARIABLES, "VLLM_ENABLE_STARTUP_PLAN"),
-        others=(*first.OTHERS, *era.SAMPLER),
+        arguments=before.ARGUMENTS,
+        variables=(*variables.VARIABLES, "VLLM_ENABLE_STARTUP_PLAN"),
+        others=(*first.OTHERS, *era.SAMPLER, *era.SPLITS),
     ),
 )

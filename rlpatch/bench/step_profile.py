@@ -31,7 +31,7 @@ OTHER = "other"
 KINDS: tuple[tuple[str, str], ...] = (
     ("copies", r"^memcpy|^memset|aten::copy_"),
     ("attention", r"flash|fmha|attention|attn|paged"),
-    ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|splitk|cublas|aten::(add)?mm|aten::linear"),
+    ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|splitk|cublas|skinny_kernel|aten::(add)?mm|aten::linear"),
     ("KV cache", r"cache"),
     (
         "sampling, log-probs",

@@ -158,7 +158,9 @@ def decide(name: str, names: tuple[str, ...], dialect: Dialect, given: Mapping[s
                 f"{CONFIG}={{{unknown[0]!r}: …}}: this vLLM's CompilationConfig has no such field and would drop it "
                 f"without a word; take it out, or use one of {', '.join(sorted(fields))}"
             )
-    reach = Reach(given.get("max_num_seqs"), bool(given.get("enable_lora")), workers.cores())
+    reach = Reach(
+        given.get("max_num_seqs"), bool(given.get("enable_lora")), workers.cores(), given.get("max_model_len")
+    )
     plain: Any = None
     ours: dict[str, Any] = {}
     inductor: dict[str, Any] = {}
@@ -175,11 +177,14 @@ def decide(name: str, names: tuple[str, ...], dialect: Dialect, given: Mapping[s
                 why = None
             elif term in dialect.terms:
                 change = dialect.terms[term](value)
-                _check(setting, change, surface, fields)
-                changes.append(change)
-                if (change.config or change.inductor) and plain is None:
-                    plain = surface.config()
-                why = _already(change, surface, given) or _not_upon(change, surface, plain)
+                if isinstance(change, str):
+                    why = change
+                else:
+                    _check(setting, change, surface, fields)
+                    changes.append(change)
+                    if (change.config or change.inductor) and plain is None:
+                        plain = surface.config()
+                    why = _already(change, surface, given) or _not_upon(change, surface, plain)
             else:
                 why = dialect.lacks.get(term, f"this vLLM has nothing for {term!r}")
             if why is not None:

@@ -73,10 +73,10 @@ class Dialect:
 
     Attributes:
         surface: Looks at the installed library.
-        terms: Term -> what it comes down to, as a function of its value.
+        terms: Term -> what it comes down to, as a function of its value; or why it comes to nothing on this machine.
         lacks: Term -> why these releases have nothing of the kind.
     """
 
     surface: Callable[[], Surface]
-    terms: Mapping[str, Callable[[Any], Changes]]
+    terms: Mapping[str, Callable[[Any], Changes | str]]
     lacks: Mapping[str, str] = field(default_factory=dict)

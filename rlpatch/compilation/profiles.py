@@ -15,6 +15,8 @@ from rlpatch.errors import UsageError
 
 MOST_WORKERS = 8  # each is a process that has imported torch; a dense model has a few dozen kernels
 _LARGEST_CAPTURE = 512  # vLLM's own limit
+# With as many sequences, or as short ones, attention in one piece fills the device as well, and nothing has to join pieces.
+_MANY, _SHORT = 32, 4096
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Reach:
 
     Attributes:
         sequences: Sequences that can run at once (``max_num_seqs``), or None when nobody said.
+        tokens: Of prompt and completion together at most (``max_model_len``), or None when nobody said.
         lora: Whether the engine has LoRA slots.
         cores: CPU cores for this process.
     """
@@ -30,6 +33,7 @@ class Reach:
     sequences: int | None
     lora: bool
     cores: int
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,15 @@ def _workers(reach: Reach) -> dict[str, Any] | str:
 
 def _static(reach: Reach) -> dict[str, Any] | str:
     return {"static sizes": [reach.sequences]} if reach.sequences else "max_num_seqs is not given"
+
+
+def _one_split(reach: Reach) -> dict[str, Any] | str:
+    if (reach.sequences or 0) >= _MANY or (reach.sequences is not None and (reach.tokens or _SHORT + 1) <= _SHORT):
+        return {"attention splits": 1}
+    return (
+        f"max_num_seqs={reach.sequences} is below {_MANY} and max_model_len={reach.tokens} not at most {_SHORT}: pieces of "
+        "long sequences fill the device"
+    )
 
 
 def _always(**terms: Any) -> Callable[[Reach], dict[str, Any] | str]:
@@ -126,7 +139,17 @@ SETTINGS: dict[str, Setting] = {
         "vLLM's optimization level 1: compiled, CUDA graphs piecewise only, fewer fusions", _always(optimization=1)
     ),
     "static-size": Setting(
-        "one more compilation for exactly max_num_seqs tokens, whose matrix products Inductor chooses kernels for", _static
+        "one more compilation for exactly max_num_seqs tokens; of matrix products that skinny_linear leaves, Inductor "
+        "chooses the kernels",
+        _static,
+    ),
+    "one-split": Setting(
+        "attention in one piece while decoding, without the kernel that joins pieces: for many sequences, or short ones",
+        _one_split,
+    ),
+    "launch-overlap": Setting(
+        "Inductor's kernels are launched while the ones before them end (programmatic dependent launch; Hopper and later)",
+        _always(launch_overlap=True),
     ),
     "aot": Setting("what Dynamo traced is cached, too (the default with torch >= 2.10)", _always(aot=True)),
     "mega-aot": Setting(
@@ -142,7 +165,9 @@ SETTINGS: dict[str, Setting] = {
 # docs/compilation.md says why each is in and the others are not. `throughput` keeps all of torch.compile, and what it
 # leaves out costs nothing per token.
 FAST_START = ("decode-graphs", "model-info", "capture-sizes", "lora-graphs", "no-kernel-autotune", "plain-sampling")
-THROUGHPUT = ("model-info", "capture-sizes", "lora-graphs", "plain-sampling", "mega-aot")
+THROUGHPUT = (
+    "model-info", "capture-sizes", "lora-graphs", "plain-sampling", "mega-aot", "one-split", "launch-overlap",
+)  # fmt: skip
 PROFILES: dict[str, tuple[str, ...]] = {"default": (), "fast-start": FAST_START, "throughput": THROUGHPUT}
 
 REFUSED = {
@@ -189,7 +214,7 @@ def _agree(names: tuple[str, ...], origin: str) -> None:
             other, before = seen.setdefault(term, (name, value))
             if before != value:
                 raise UsageError(f"{origin}: {other!r} and {name!r} contradict each other over {term}; leave one out")
-    inductors = {"workers", "static-size", "no-combo-benchmark", "no-combo-kernels", "quick"}
+    inductors = {"workers", "static-size", "launch-overlap", "no-combo-benchmark", "no-combo-kernels", "quick"}
     for name, compiler, useless in (
         ("decode-graphs", "torch.compile", inductors | {"no-inductor", "aot", "mega-aot"}),
         ("no-inductor", "Inductor", inductors),

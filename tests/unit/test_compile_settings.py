@@ -20,7 +20,7 @@ from rlpatch.compilation.dialect import Changes, Dialect, Hook, Surface
 from rlpatch.compilation.profiles import PROFILES, REFUSED, SETTINGS, Reach, capture_sizes, few_sizes, named
 from rlpatch.errors import UnsupportedError, UsageError
 
-REACH = Reach(sequences=12, lora=True, cores=4)
+REACH = Reach(sequences=12, lora=True, cores=4, tokens=1024)
 
 
 @dataclass
@@ -455,6 +455,32 @@ def test_fast_start_says_what_an_old_release_lacks() -> None:
     assert set(made.left) == {"decode-graphs", "lora-graphs", "no-kernel-autotune", "plain-sampling"}
     assert "without compilation" in made.left["decode-graphs"] and made.left["plain-sampling"] == era.NO_WARM_UP
     assert made.inspects_here and made.arguments["compilation_config"].cudagraph_capture_sizes == [1, 2, 4, 8, 12]
+
+
+def test_attention_is_in_one_piece_for_many_sequences_or_short_ones() -> None:
+    wants = SETTINGS["one-split"].wants
+    whole = {"attention splits": 1}
+    for sequences, tokens in ((32, None), (64, 100_000), (8, 4096), (1, 320)):
+        assert wants(Reach(sequences, False, 4, tokens)) == whole
+    for sequences, tokens in ((31, None), (8, 4097), (None, None), (None, 320)):
+        why = wants(Reach(sequences, False, 4, tokens))
+        assert isinstance(why, str) and f"max_num_seqs={sequences}" in why and f"max_model_len={tokens}" in why
+    seen: list[int] = []
+    speech = dialect({"attention splits": lambda value: seen.append(value) or Changes(arguments={"kernel_config": 1})})
+    assert decide("one-split", speech=speech).left and not seen  # 12 sequences of who knows what length
+    assert decide("one-split", given={"max_model_len": 320}, speech=speech).arguments == {"kernel_config": 1}
+
+
+def test_a_term_that_comes_to_nothing_on_this_machine_says_why() -> None:
+    made = decide("launch-overlap", speech=dialect({"launch overlap": lambda value: "no such GPU"}))
+    assert made.left == {"launch-overlap": "no such GPU"} and not made.acted and not made.arguments
+
+
+def test_overlap_and_splits_are_left_alone_beside_a_cpu() -> None:
+    config = pytest.importorskip("vllm.config")
+    if not hasattr(config, "AttentionConfig"):
+        pytest.skip("this vLLM has no such config")
+    assert era.launch_overlap(True) == era.attention_splits(1) == era.NO_CUDA
 
 
 def test_every_term_is_translated_or_said_to_be_lacking() -> None:

@@ -20,6 +20,8 @@ from rlpatch.bench.step_profile import KINDS, OTHER, Event, busy, by_phase, kind
         ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "matrix products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64", "matrix products"),
         ("void cublasLt::splitKreduce_kernel<32, 16>", "matrix products"),
+        ("skinny_kernel", "matrix products"),
+        ("triton_red_fused_fused_add_rms_norm_skinny_linear_2", "norms, rotary, activations"),
         ("void flash::FlashAttnFwdSm90<...>", "attention"),
         ("void vllm::reshape_and_cache_flash_kernel<...>", "attention"),
         ("void vllm::fused_add_rms_norm_kernel<c10::BFloat16, 8>", "norms, rotary, activations"),
