@@ -22,8 +22,7 @@ logger = logging.getLogger("rlpatch")
 
 SIZES = (16, 32, 64)  # rows that a kernel is made for; more are cuBLAS's, whose products then have enough to do
 _MARGIN = 0.98  # of cuBLAS's time: what is no faster than that stays its
-_ENOUGH = 400 << 20  # bytes of weights to go through for one timing: several times any L2 cache
-_LAUNCHES = 24  # at most for one timing
+_LAUNCHES = 24  # for one timing: what events and a first launch take is little beside them
 _ASLEEP = 0.003  # seconds that the device sleeps while a timing's launches queue up
 
 
@@ -207,9 +206,7 @@ def timed(run: Callable[[torch.Tensor], Any], weights: Sequence[torch.Tensor]) -
 
     The device sleeps while the launches queue up, so that none waits for the host.
     """
-    size = max(1, weights[0].numel() * weights[0].element_size())
-    count = min(_LAUNCHES, max(2, -(-_ENOUGH // size)))
-    turns = [weights[i % len(weights)] for i in range(count)]
+    turns = [weights[i % len(weights)] for i in range(_LAUNCHES)]
     run(turns[0])
     times = []
     for _ in range(2):
@@ -220,7 +217,7 @@ def timed(run: Callable[[torch.Tensor], Any], weights: Sequence[torch.Tensor]) -
             run(weight)
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / count)
+        times.append(begin.elapsed_time(end) / 1e3 / _LAUNCHES)
     return min(times)
 
 
