@@ -25,9 +25,9 @@ class Reach:
 
     Attributes:
         sequences: Sequences that can run at once (``max_num_seqs``), or None when nobody said.
-        tokens: Of prompt and completion together at most (``max_model_len``), or None when nobody said.
         lora: Whether the engine has LoRA slots.
         cores: CPU cores for this process.
+        tokens: Of prompt and completion together at most (``max_model_len``), or None when nobody said.
     """
 
     sequences: int | None
