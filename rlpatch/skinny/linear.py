@@ -49,8 +49,8 @@ class Tile:
         return columns % self.columns == 0 and depth % self.step == 0
 
 
-# For 16 and 64 rows the fastest of 84 and 57 tried with an 8B model's five shapes on an H200, in the order in which one is taken
-# among equals; those for 32 were not searched for.
+# For 16 and 64 rows the fastest of 84 and 57 tried with an 8B model's five shapes on an H200, in the order in which one is
+# taken among equals; those for 32 were not searched for.
 TILES: dict[int, tuple[Tile, ...]] = {
     16: (Tile(32, 128, 6), Tile(64, 128, 3, swap=True), Tile(32, 256, 6)),
     32: (Tile(32, 128, 6), Tile(64, 128, 4, swap=True), Tile(32, 256, 4)),
