@@ -92,6 +92,23 @@ def test_the_engine_computes_the_same_through_the_operator(
     assert len(launched) == count and rlpatch.status().pairs[-1]["skinny_linear"] is None
 
 
+def test_an_engine_that_cannot_be_timed_runs_as_ever(
+    trainer_of: Any,
+    shallow: str,
+    launched: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def timed(run: Any, weights: Any) -> float:
+        raise RuntimeError("no clock")
+
+    monkeypatch.setattr(skinny, "timed", timed)
+    trainer = trainer_of(model=shallow, dtype="bfloat16", engine={"enforce_eager": False})
+    assert all(greedy(trainer)) and not launched
+    assert "cuBLAS's kernels stay: RuntimeError('no clock')" in caplog.text
+    assert rlpatch.status().pairs[-1]["skinny_linear"] is None
+
+
 def test_other_engines_are_left_alone(shallow: str, launched: list[tuple[int, int]]) -> None:
     from vllm import LLM
 
