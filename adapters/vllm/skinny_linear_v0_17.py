@@ -1,9 +1,11 @@
 """Linear layers of decode steps by the fastest kernel for so few rows (`rlpatch.skinny.linear`).
 
-``UnquantizedLinearMethod`` and ``UnquantizedEmbeddingMethod`` end in ``torch.nn.functional.linear``, cuBLAS's choice of
-kernel. Where a pair's engine has loaded its weights, each layer with one of the two gets a subclass in its place that calls
-``torch.ops.rlpatch.skinny_linear``: the way in which vLLM puts its own low-latency kernels under single models
-(``vllm/models/qwen4_exp/nvidia/low_latency_gemm.py``, 0.33). Layers with any other method, quantized ones among them, stay.
+``UnquantizedLinearMethod`` ends in ``torch.nn.functional.linear``, cuBLAS's choice of kernel. Where a pair's engine has
+loaded its weights, each layer with it gets a subclass in its place that calls ``torch.ops.rlpatch.skinny_linear``: the
+way in which vLLM puts its own low-latency kernels under single models
+(``vllm/models/qwen4_exp/nvidia/low_latency_gemm.py``, 0.33). Layers with any other method, quantized ones among them,
+stay. So does the head: it is computed outside of the CUDA graphs, where the launch costs the host more than the kernel
+saves the device (docs/steps.md).
 
 What is compiled then calls an operator that other processes do not have, so the compile cache must tell the two apart:
 ``additional_config``, which vLLM hashes (``VllmConfig.compute_hash``), says that it is there.
@@ -26,29 +28,25 @@ from rlpatch.relies import Relies
 logger = logging.getLogger("rlpatch")
 
 MARK = "rlpatch_skinny_linear"
-_OLDEST = 80  # compute capability: before Ampere nothing is copied ahead of its use, and cuBLAS is the faster one
+_OLDEST = 80  # compute capability; before Ampere a GPU copies nothing ahead of its use, and none was tried
 
 
 @lru_cache(maxsize=1)
-def methods() -> dict[type, type]:
-    """vLLM's method -> ours."""
+def method() -> type:
+    """Ours, in place of vLLM's."""
     import torch
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     class SkinnyLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             return torch.ops.rlpatch.skinny_linear(x, layer.weight, bias)  # type: ignore[no-any-return]
 
-    class SkinnyEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
-        def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-            return torch.ops.rlpatch.skinny_linear(x, layer.weight, bias)  # type: ignore[no-any-return]
-
-    return {UnquantizedLinearMethod: SkinnyLinearMethod, UnquantizedEmbeddingMethod: SkinnyEmbeddingMethod}
+    return SkinnyLinearMethod
 
 
 def install(model: Any) -> list[Any]:
     """Give every plain linear layer of `model` our method; returns their weights, each once."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
     from vllm.model_executor.layers.utils import default_unquantized_gemm
 
     from rlpatch.skinny.linear import register, usable
@@ -56,14 +54,13 @@ def install(model: Any) -> list[Any]:
     register()
     weights = {}
     for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
-        ours = methods().get(type(method))
-        if ours is None or not usable(getattr(layer, "weight", None)):
+        theirs = getattr(layer, "quant_method", None)
+        if not isinstance(layer, LinearBase) or type(theirs) is not UnquantizedLinearMethod or not usable(layer.weight):
             continue
-        if getattr(method, "_gemm_impl", default_unquantized_gemm) is not default_unquantized_gemm:
+        if getattr(theirs, "_gemm_impl", default_unquantized_gemm) is not default_unquantized_gemm:
             continue  # kernel_config.linear_backend, from 0.31
-        layer.quant_method = copy.copy(method)
-        layer.quant_method.__class__ = ours
+        layer.quant_method = copy.copy(theirs)
+        layer.quant_method.__class__ = method()
         weights[layer.weight.data_ptr()] = layer.weight.data
     return list(weights.values())
 
@@ -117,7 +114,6 @@ def _patches(context: Context) -> list[Patch]:
 
 
 _APPLY = ("layer", "x", "bias")
-_CALLS = ("dispatch_unquantized_gemm()(layer, x, layer.weight, bias)",)
 ADAPTER = Adapter(
     capability="skinny_linear",
     library="vllm",
@@ -129,7 +125,7 @@ ADAPTER = Adapter(
         Relies(
             "vllm.model_executor.layers.linear:UnquantizedLinearMethod.apply",
             positional=_APPLY,
-            contains=_CALLS,
+            contains=("dispatch_unquantized_gemm()(layer, x, layer.weight, bias)",),
             otherwise=(
                 Relies(
                     "vllm.model_executor.layers.linear:UnquantizedLinearMethod.apply",
@@ -138,11 +134,7 @@ ADAPTER = Adapter(
                 ),
             ),
         ),
-        Relies(
-            "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.apply",
-            positional=_APPLY,
-            contains=_CALLS,
-        ),
+        Relies("vllm.model_executor.layers.linear:LinearBase"),
         Relies(
             "vllm.model_executor.layers.utils:default_unquantized_gemm",
             positional=("layer", "x", "weight", "bias"),

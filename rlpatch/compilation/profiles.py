@@ -15,8 +15,9 @@ from rlpatch.errors import UsageError
 
 MOST_WORKERS = 8  # each is a process that has imported torch; a dense model has a few dozen kernels
 _LARGEST_CAPTURE = 512  # vLLM's own limit
-# With as many sequences, or as short ones, attention in one piece fills the device as well, and nothing has to join pieces.
-_MANY, _SHORT = 32, 4096
+# With so many sequences, or a few that are short, attention in one piece fills the device as well, and nothing has to join
+# pieces (docs/steps.md: 8 sequences of 2,048 tokens).
+_MANY, _FEW, _SHORT = 32, 8, 3072
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,13 @@ def _static(reach: Reach) -> dict[str, Any] | str:
 
 
 def _one_split(reach: Reach) -> dict[str, Any] | str:
-    if (reach.sequences or 0) >= _MANY or (reach.sequences is not None and (reach.tokens or _SHORT + 1) <= _SHORT):
+    sequences = reach.sequences or 0
+    short = reach.tokens is not None and reach.tokens <= _SHORT
+    if sequences >= _MANY or (sequences >= _FEW and short):
         return {"attention splits": 1}
     return (
-        f"max_num_seqs={reach.sequences} is below {_MANY} and max_model_len={reach.tokens} not at most {_SHORT}: pieces of "
-        "long sequences fill the device"
+        f"max_num_seqs={reach.sequences} with max_model_len={reach.tokens}: pieces fill the device, unless there are "
+        f"{_MANY} sequences, or {_FEW} of at most {_SHORT:,} tokens"
     )
 
 

@@ -1,8 +1,8 @@
 """``torch.ops.rlpatch.skinny_linear``: a linear layer that knows the fastest kernel for a few rows.
 
-A decode step multiplies as many rows as there are sequences, and what that costs is reading the weights. On an H200 cuBLAS
-reads those of an 8B model's layers at 2.7 to 3.7 TB/s for 8 rows, where 4.3 can be had, most of all because it splits the
-sums of the smaller ones and adds them up in kernels of their own. `Choices.tune` times a handful of tiles of
+A decode step multiplies as many rows as there are sequences, and what that costs is reading the weights. On an H200
+cuBLAS reads those of an 8B model's layers at 2.5 to 3.6 TB/s for 8 rows, where 4.3 can be had (docs/steps.md): it
+splits the sums of the smaller ones and adds them up in kernels of their own. `Choices.tune` times a handful of tiles of
 `skinny_kernel` against it on the engine's own weights, once for each shape and size; what is not faster stays cuBLAS's.
 vLLM does the same by hand for some of its models (``vllm/models/*/nvidia/low_latency_gemm.py``, 0.33).
 """
@@ -23,7 +23,7 @@ logger = logging.getLogger("rlpatch")
 SIZES = (16, 32, 64)  # rows that a kernel is made for; more are cuBLAS's, whose products then have enough to do
 _MARGIN = 0.98  # of cuBLAS's time: what is no faster than that stays its
 _LAUNCHES = 24  # for one timing: what events and a first launch take is little beside them
-_ASLEEP = 0.003  # seconds that the device sleeps while a timing's launches queue up
+_ASLEEP = 6_000_000  # cycles, 3 ms or more, that the device sleeps while a timing's launches queue up
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Tile:
         return columns % self.columns == 0 and depth % self.step == 0
 
 
-# For 16 and 64 rows the fastest of 84 and 57 tried with an 8B model's five shapes on an H200, in the order in which one is
+# For 16 and 64 rows the fastest of 84 and 57 tried with an 8B model's shapes on an H200, in the order in which one is
 # taken among equals; those for 32 were not searched for.
 TILES: dict[int, tuple[Tile, ...]] = {
     16: (Tile(32, 128, 6), Tile(64, 128, 3, swap=True), Tile(32, 256, 6)),
     32: (Tile(32, 128, 6), Tile(64, 128, 4, swap=True), Tile(32, 256, 4)),
-    64: (Tile(32, 128, 6), Tile(64, 64, 4), Tile(128, 128, 4)),
+    64: (Tile(32, 128, 6), Tile(64, 64, 4), Tile(32, 256, 4)),
 }
 
 Shape = tuple[int, int, torch.dtype, torch.device]  # columns, depth
@@ -94,9 +94,16 @@ class Choices:
         largest = size_for(most_rows) or SIZES[-1]
         looked_at = [(shape, size) for shape in shapes for size in SIZES if size <= largest]
         begin = time.perf_counter()
-        for shape, size in looked_at:
-            if (shape, size) not in self.tiles:
-                self._tune(shape, size, min(size, most_rows), shapes[shape])
+        failed = [
+            self._tune(shape, size, min(size, most_rows), shapes[shape])
+            for shape, size in looked_at
+            if (shape, size) not in self.tiles
+        ]
+        if any(failed):
+            logger.warning(
+                "rlpatch: for some weights no kernel for few rows can be launched, cuBLAS's stay: %r",
+                next(filter(None, failed)),
+            )
         taken = sum(self.tiles[key] is not None for key in looked_at)
         logger.info(
             "rlpatch: linear layers of decode steps: %d of %d shapes and sizes are faster than cuBLAS in a kernel for few "
@@ -119,24 +126,28 @@ class Choices:
             })  # fmt: skip
         return found
 
-    def _tune(self, shape: Shape, size: int, rows: int, weights: list[torch.Tensor]) -> None:
+    def _tune(self, shape: Shape, size: int, rows: int, weights: list[torch.Tensor]) -> Exception | None:
+        """Time one; returns why no tile that fits can be launched, if none can."""
         columns, depth, dtype, device = shape
         x = torch.ones(rows, depth, dtype=dtype, device=device)
         library = timed(lambda weight: torch.nn.functional.linear(x, weight), weights)
         best: Tile | None = None
         fastest: float | None = None
+        failed: Exception | None = None
         for tile in TILES[size]:
             if not tile.fits(columns, depth):
                 continue
             try:
-                seconds = timed(partial(_launch, x, size, tile), weights)
+                seconds = timed(partial(launch, x, bias=None, size=size, tile=tile), weights)
             except Exception as error:  # more shared memory than this GPU has, say: one candidate less
                 logger.debug("rlpatch: %s for %s: %s", tile, shape, error)
+                failed = error
                 continue
             if fastest is None or seconds < fastest * _MARGIN:
                 best, fastest = tile, seconds
         self.seconds[shape, size] = (library, fastest)
         self.tiles[shape, size] = best if fastest is not None and fastest < library * _MARGIN else None
+        return failed if fastest is None else None
 
 
 CHOICES = Choices()  # of this process: shapes recur from engine to engine
@@ -184,10 +195,6 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, siz
     return out
 
 
-def _launch(x: torch.Tensor, size: int, tile: Tile, weight: torch.Tensor) -> torch.Tensor:
-    return launch(x, weight, None, size, tile)
-
-
 @lru_cache(maxsize=8)
 def overlaps(device: torch.device) -> bool:
     """Whether kernels can be launched while the one before them ends: from Hopper on, with Triton 3.4 or later."""
@@ -212,7 +219,7 @@ def timed(run: Callable[[torch.Tensor], Any], weights: Sequence[torch.Tensor]) -
     times = []
     for _ in range(2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(_ASLEEP * 2e9))
+        torch.cuda._sleep(_ASLEEP)
         begin.record()
         for weight in turns:
             run(weight)

@@ -460,9 +460,9 @@ def test_fast_start_says_what_an_old_release_lacks() -> None:
 def test_attention_is_in_one_piece_for_many_sequences_or_short_ones() -> None:
     wants = SETTINGS["one-split"].wants
     whole = {"attention splits": 1}
-    for sequences, tokens in ((32, None), (64, 100_000), (8, 4096), (1, 320)):
+    for sequences, tokens in ((32, None), (64, 100_000), (8, 3072), (31, 320)):
         assert wants(Reach(sequences, False, 4, tokens)) == whole
-    for sequences, tokens in ((31, None), (8, 4097), (None, None), (None, 320)):
+    for sequences, tokens in ((31, None), (8, 3073), (7, 320), (None, None), (None, 320)):
         why = wants(Reach(sequences, False, 4, tokens))
         assert isinstance(why, str) and f"max_num_seqs={sequences}" in why and f"max_model_len={tokens}" in why
     seen: list[int] = []

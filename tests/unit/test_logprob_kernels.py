@@ -6,8 +6,6 @@ And that any step gives the same values: vLLM's own code under Triton's interpre
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 import textwrap
 import types
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_interpreter import agrees
 
 from rlpatch.adapters.vllm.logprob_kernels_v0_12 import ADAPTER, KERNELS, MODULE, STEP, WARPS
 from rlpatch.patching import PatchSet
@@ -116,12 +115,4 @@ def test_any_step_gives_the_same_log_probs_and_ranks(tmp_path: Path) -> None:
     if vllm is None or vllm.submodule_search_locations is None:
         pytest.skip("needs vLLM's code")
     file = Path(next(iter(vllm.submodule_search_locations)), *MODULE.split(".")[1:]).with_suffix(".py")
-    script = tmp_path / "case.py"
-    script.write_text(f"FILE = {str(file)!r}\n" + textwrap.dedent(CASE))
-    answer = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # chosen before Triton is imported
-        capture_output=True,
-        text=True,
-    )
-    assert answer.stdout == "agreed\n", answer.stderr[-3000:]
+    agrees(f"FILE = {str(file)!r}\n" + textwrap.dedent(CASE), tmp_path)

@@ -6,15 +6,12 @@ tests/gpu/test_skinny_gpu.py.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_interpreter import agrees
 
 torch = pytest.importorskip("torch")
 
@@ -45,7 +42,9 @@ def weight(columns: int = 256, depth: int = 512) -> Any:
     return torch.zeros(columns, depth, dtype=torch.bfloat16)
 
 
-def test_the_fastest_is_chosen_and_a_tie_goes_to_the_library(times: dict[Any, float]) -> None:
+def test_the_fastest_is_chosen_and_a_tie_goes_to_the_library(
+    times: dict[Any, float], caplog: pytest.LogCaptureFixture
+) -> None:
     first, second, third = TILES[16]
     key = (shape_of(weight()), 16)
     for seconds, expected in (
@@ -59,7 +58,9 @@ def test_the_fastest_is_chosen_and_a_tie_goes_to_the_library(times: dict[Any, fl
         times.clear()
         times.update(seconds)
         made = Choices()
+        caplog.clear()
         assert made.tune([weight(), weight()], 8) == [key]
+        assert ("no kernel for few rows can be launched" in caplog.text) is (len(seconds) == 1)
         assert made.tiles[key] == expected
         fastest = min((time for tile, time in seconds.items() if tile is not None), default=None)
         assert made.seconds[key][0] == 10
@@ -176,13 +177,4 @@ CASE = """
 def test_every_tile_in_the_interpreter(tmp_path: Path) -> None:
     """In fp16: the interpreter's products of bf16 are not to be trusted."""
     pytest.importorskip("triton")
-    script = tmp_path / "case.py"
-    script.write_text(textwrap.dedent(CASE))
-    answer = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # chosen before Triton is imported
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert answer.stdout == "agreed\n", answer.stderr[-3000:]
+    agrees(CASE, tmp_path)

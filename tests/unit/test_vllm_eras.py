@@ -65,7 +65,6 @@ LLM, CORE, FRONT = "entrypoints/llm.py", "v1/engine/core.py", "v1/engine/llm_eng
 CLIENT = "v1/engine/core_client.py"
 WORKER, RUNNER, V2 = "v1/worker/gpu_worker.py", "v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"
 V2_LOGPROB = "v1/worker/gpu/sample/logprob.py"
-LOGITS = "model_executor/layers/logits_processor.py"
 EXECUTOR, EXECUTOR_V0 = "v1/executor/abstract.py", "executor/executor_base.py"
 CUMEM = "device_allocator/cumem.py"
 LOADERS = "model_executor/model_loader/__init__.py"
@@ -252,13 +251,8 @@ CLAIMS = (
             has=("for i in range(0, vocab_size, BLOCK_SIZE)", "block = i + tl.arange(0, BLOCK_SIZE)"))
       for kernel in ("_topk_log_softmax_kernel", "_ranks_kernel")),
     # ---- skinny_linear ----
-    *(Claim("skinny_linear_v0_17", ">=0.17", *place, ("layer", "x", "bias"), lacks=("layer.register", "self.weight"))
-      for place in ((LINEAR, "UnquantizedLinearMethod.apply"), (EMBEDDING, "UnquantizedEmbeddingMethod.apply"))),
     Claim("skinny_linear_v0_17", ">=0.17", LINEAR, "RowParallelLinear.forward",
           has=("self.quant_method.apply(self, input_parallel, bias_)",)),
-    *(Claim("skinny_linear_v0_17", era, LOGITS, f"LogitsProcessor.{method}",
-            has=("lm_head.quant_method.apply(lm_head, hidden_states, bias=embedding_bias)",))
-      for era, method in ((">=0.17,<0.26", "_get_logits"), (">=0.26", "_apply_head"))),
     Claim("skinny_linear_v0_17", ">=0.17", WORKER, "Worker.load_model", has=("self.model_runner.load_model(",)),
     # ---- graph_capture_gc ----
     Claim("collector_v0_9", "<0.10", RUNNER, "GPUModelRunner.capture_model", lacks=("gc.",)),
