@@ -447,8 +447,9 @@ set_env =
 deps =
     {build}
     triton
-commands = pytest {{posargs:tests/unit/test_fold_kernel.py tests/unit/test_logprob_kernels.py tests/unit/test_skinny.py}}
+commands = pytest {{posargs:{tests}}}
 """
+_KERNEL_TESTS = ("fold_kernel", "logprob_kernels", "decoding_linear")  # tests/unit/test_….py
 
 _TOX_PAIR = """
 [testenv:{name}]
@@ -470,7 +471,8 @@ def tox_ini(matrix: Matrix) -> str:
     newest = matrix.ci[:1]
     names = ["lint", "unit", *("kernels" for _ in newest), *(pair.environment for pair in matrix.ci)]
     text = _HEADER + _TOX.format(environments=", ".join(names))
-    text += "".join(_TOX_KERNELS.format(build=_build(pair)) for pair in newest)
+    tests = " ".join(f"tests/unit/test_{kernel}.py" for kernel in _KERNEL_TESTS)
+    text += "".join(_TOX_KERNELS.format(build=_build(pair), tests=tests) for pair in newest)
     for pair in matrix.runnable:
         others = "\n    ".join(("accelerate", "datasets", "peft", *pair.extra))
         first = f"pytest {{posargs:{' '.join(pair.tests or ('tests/unit', 'tests/cpu'))}}}"

@@ -27,6 +27,7 @@ from rlpatch.blocks import BlockLimit
 from rlpatch.compilation.build import Compilation
 from rlpatch.compilation.build import decide as decide_compilation
 from rlpatch.compilation.profiles import named
+from rlpatch.decoding.linear import CHOICES, Shape
 from rlpatch.engine import Engine
 from rlpatch.errors import StandbyError, UsageError
 from rlpatch.lora.fold import Work, nothing
@@ -51,7 +52,6 @@ from rlpatch.registry import Context
 from rlpatch.sharing.account import rehouse
 from rlpatch.sharing.late import Crowded, free_bytes
 from rlpatch.sharing.share import Renamer, Sharing, Slot, own_storage, trainer_slots
-from rlpatch.skinny.linear import CHOICES, Shape
 from rlpatch.standby import KVStandby, make_room
 
 logger = logging.getLogger("rlpatch")
@@ -146,7 +146,7 @@ class Colocation:
         replaced: Tensors whose trained copy (``modules_to_save``) has taken the original's place in the engine.
         memory: What became of the memory plan; None before the engine is built.
         unexpanded: Why torch's allocator runs without expandable segments (see `rlpatch.allocator`), or None.
-        skinny: What its decode steps' linear layers were timed for (`rlpatch.skinny.linear`); None: they were not.
+        skinny: What its decode steps' linear layers were timed for (`rlpatch.decoding.linear`); None: they were not.
     """
 
     context: Context

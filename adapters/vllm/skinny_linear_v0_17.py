@@ -1,4 +1,4 @@
-"""Linear layers of decode steps by the fastest kernel for so few rows (`rlpatch.skinny.linear`).
+"""Linear layers of decode steps by the fastest kernel for so few rows (`rlpatch.decoding.linear`).
 
 ``UnquantizedLinearMethod`` ends in ``torch.nn.functional.linear``, cuBLAS's choice of kernel. Where a pair's engine has
 loaded its weights, each layer with it gets a subclass in its place that calls ``torch.ops.rlpatch.skinny_linear``: the
@@ -49,7 +49,7 @@ def install(model: Any) -> list[Any]:
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
     from vllm.model_executor.layers.utils import default_unquantized_gemm
 
-    from rlpatch.skinny.linear import register, usable
+    from rlpatch.decoding.linear import register, usable
 
     register()
     weights = {}
@@ -80,7 +80,7 @@ def _init(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _load_model(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from rlpatch import phases
-    from rlpatch.skinny.linear import CHOICES
+    from rlpatch.decoding.linear import CHOICES
 
     result = wrapped(*args, **kwargs)
     pair = phases.building()

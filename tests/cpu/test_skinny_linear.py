@@ -1,7 +1,7 @@
 """Linear layers of few rows in a real, compiled engine: who gets the operator, what the compile cache is told.
 
-The kernel, its timing and CUDA's dispatch cannot exist on a CPU and are stood in for; tests/gpu/test_skinny_gpu.py has the
-real ones.
+The kernel, its timing and CUDA's dispatch cannot exist on a CPU and are stood in for; the real ones are in
+tests/gpu/test_decoding_gpu.py.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from test_compile_profiles import greedy  # noqa: E402
 import rlpatch  # noqa: E402
 from rlpatch import phases  # noqa: E402
 from rlpatch.adapters.vllm.skinny_linear_v0_17 import ADAPTER, MARK, method  # noqa: E402
+from rlpatch.decoding import linear as skinny  # noqa: E402
 from rlpatch.demo import tiny, worker  # noqa: E402
 from rlpatch.patching import PatchSet  # noqa: E402
 from rlpatch.registry import Context  # noqa: E402
-from rlpatch.skinny import linear as skinny  # noqa: E402
 from rlpatch.versions import installed, within  # noqa: E402
 
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]

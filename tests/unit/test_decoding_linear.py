@@ -1,7 +1,7 @@
 """Linear layers of few rows: which kernel is chosen, what the operator leaves alone, and the kernel itself.
 
 Times are given, there is no GPU; the kernel runs in Triton's interpreter, where Triton is installed. On a GPU:
-tests/gpu/test_skinny_gpu.py.
+tests/gpu/test_decoding_gpu.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from triton_interpreter import agrees
 
 torch = pytest.importorskip("torch")
 
-from rlpatch.skinny import linear as skinny  # noqa: E402
-from rlpatch.skinny.linear import TILES, Choices, Tile, shape_of, size_for, usable  # noqa: E402
+from rlpatch.decoding import linear as skinny  # noqa: E402
+from rlpatch.decoding.linear import TILES, Choices, Tile, shape_of, size_for, usable  # noqa: E402
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_the_operator_is_opaque_to_torch_compile(launched: list[Any]) -> None:
 
 CASE = """
     import torch
-    from rlpatch.skinny.linear import TILES, launch
+    from rlpatch.decoding.linear import TILES, launch
 
     torch.manual_seed(0)
     for size, tiles in TILES.items():

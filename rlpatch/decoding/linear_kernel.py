@@ -1,4 +1,4 @@
-"""The kernel of `rlpatch.skinny.linear`: ``out[m, n] = Σ_k x[m, k]·weight[n, k] (+ bias[n])`` for a few dozen rows at most.
+"""The kernel of `rlpatch.decoding.linear`: ``out[m, n] = Σ_k x[m, k]·weight[n, k] (+ bias[n])`` for some dozen rows.
 
 What such a product costs is reading the weight once. Every program reads whole rows of it, `COLUMNS` of them, in steps of
 `STEP` elements, several steps ahead (``num_stages``), and all of `x` beside them; nothing is split along k, so that sums

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 pytest.importorskip("triton")
 
-from rlpatch.skinny import linear as skinny  # noqa: E402
+from rlpatch.decoding import linear as skinny  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -181,7 +181,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, siz
     Returns:
         ``[rows, columns]`` of the same dtype; sums are fp32.
     """
-    from rlpatch.skinny.triton_kernel import skinny_kernel
+    from rlpatch.decoding.linear_kernel import skinny_kernel
 
     rows, depth = x.shape
     columns = weight.shape[0]
@@ -200,7 +200,7 @@ def overlaps(device: torch.device) -> bool:
     """Whether kernels can be launched while the one before them ends: from Hopper on, with Triton 3.4 or later."""
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] < 9:
         return False
-    from rlpatch.skinny.triton_kernel import CAN_OVERLAP
+    from rlpatch.decoding.linear_kernel import CAN_OVERLAP
 
     try:
         from triton.backends.nvidia.compiler import CUDAOptions
