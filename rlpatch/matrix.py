@@ -449,7 +449,7 @@ deps =
     triton
 commands = pytest {{posargs:{tests}}}
 """
-_KERNEL_TESTS = ("fold_kernel", "logprob_kernels", "decoding_linear")  # tests/unit/test_….py
+_KERNEL_TESTS = ("fold_kernel", "logprob_kernels", "decoding_linear", "decoding_attention")  # tests/unit/test_….py
 
 _TOX_PAIR = """
 [testenv:{name}]

@@ -30,7 +30,7 @@ PARTS: tuple[tuple[str, str, str], ...] = (
 OTHER = "other"
 KINDS: tuple[tuple[str, str], ...] = (
     ("copies", r"^memcpy|^memset|aten::copy_"),
-    ("attention", r"flash|fmha|attention|attn|paged"),
+    ("attention", r"flash|fmha|attention|attn|paged|decode_kernel"),
     ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|splitk|cublas|skinny_kernel|aten::(add)?mm|aten::linear"),
     ("KV cache", r"cache"),
     (

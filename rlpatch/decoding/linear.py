@@ -3,7 +3,8 @@
 A decode step multiplies as many rows as there are sequences, and what that costs is reading the weights. On an H200
 cuBLAS reads those of an 8B model's layers at 2.5 to 3.6 TB/s for 8 rows, where 4.3 can be had (docs/steps.md): it
 splits the sums of the smaller ones and adds them up in kernels of their own. `Choices.tune` times a handful of tiles of
-`skinny_kernel` against it on the engine's own weights, once for each shape and size; what is not faster stays cuBLAS's.
+`skinny_kernel` and cuBLASLt against it on the engine's own weights, once for each shape and size; what is not faster stays
+cuBLAS's.
 vLLM does the same by hand for some of its models (``vllm/models/*/nvidia/low_latency_gemm.py``, 0.33).
 """
 
@@ -23,7 +24,7 @@ logger = logging.getLogger("rlpatch")
 SIZES = (16, 32, 64)  # rows that a kernel is made for; more are cuBLAS's, whose products then have enough to do
 _MARGIN = 0.98  # of cuBLAS's time: what is no faster than that stays its
 _LAUNCHES = 24  # for one timing: what events and a first launch take is little beside them
-_ASLEEP = 6_000_000  # cycles, 3 ms or more, that the device sleeps while a timing's launches queue up
+LT = "cublaslt"  # a product with a bias, if only of zeros, is cuBLASLt's, which is faster for some shapes
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,17 @@ def size_for(rows: int) -> int | None:
 
 @dataclass
 class Choices:
-    """Which tile each shape and size takes.
+    """Which kernel each shape and size takes.
 
     Attributes:
-        tiles: ``(shape, size)`` -> tile, or None where cuBLAS was faster.
-        seconds: The same -> seconds of cuBLAS, and of the fastest tile where there is one.
+        taken: ``(shape, size)`` -> a tile, `LT`, or None where cuBLAS is as fast.
+        seconds: The same -> seconds of cuBLAS, of cuBLASLt, and of the fastest tile where there is one.
+        zeros: Shape -> ``[columns]``, the bias of a product without one where cuBLASLt is taken.
     """
 
-    tiles: dict[tuple[Shape, int], Tile | None] = field(default_factory=dict)
-    seconds: dict[tuple[Shape, int], tuple[float, float | None]] = field(default_factory=dict)
+    taken: dict[tuple[Shape, int], Tile | str | None] = field(default_factory=dict)
+    seconds: dict[tuple[Shape, int], tuple[float, float, float | None]] = field(default_factory=dict)
+    zeros: dict[Shape, torch.Tensor] = field(default_factory=dict)
 
     def tune(self, weights: Sequence[torch.Tensor], most_rows: int) -> list[tuple[Shape, int]]:
         """Time the tiles for these weights.
@@ -97,17 +100,17 @@ class Choices:
         failed = [
             self._tune(shape, size, min(size, most_rows), shapes[shape])
             for shape, size in looked_at
-            if (shape, size) not in self.tiles
+            if (shape, size) not in self.taken
         ]
         if any(failed):
             logger.warning(
                 "rlpatch: for some weights no kernel for few rows can be launched, cuBLAS's stay: %r",
                 next(filter(None, failed)),
             )
-        taken = sum(self.tiles[key] is not None for key in looked_at)
+        taken = sum(self.taken[key] is not None for key in looked_at)
         logger.info(
-            "rlpatch: linear layers of decode steps: %d of %d shapes and sizes are faster than cuBLAS in a kernel for few "
-            "rows (timed in %.1f s)", taken, len(looked_at), time.perf_counter() - begin,
+            "rlpatch: linear layers of decode steps: for %d of %d shapes and sizes a kernel for few rows or cuBLASLt's is "
+            "faster than cuBLAS's (timed in %.1f s)", taken, len(looked_at), time.perf_counter() - begin,
         )  # fmt: skip
         return looked_at
 
@@ -116,13 +119,14 @@ class Choices:
         found = []
         for key in looked_at:
             (columns, depth, dtype, _), size = key
-            (library, ours), tile = self.seconds[key], self.tiles[key]
+            (library, lt, ours), taken = self.seconds[key], self.taken[key]
             found.append({
                 "weight": f"{columns} x {depth} {str(dtype).removeprefix('torch.')}",
                 "rows": size,
                 "cublas_us": round(library * 1e6, 1),
+                "cublaslt_us": round(lt * 1e6, 1),
                 "tile_us": round(ours * 1e6, 1) if ours is not None else None,
-                "tile": f"{tile.columns} x {tile.step}" if tile is not None else None,
+                "taken": f"{taken.columns} x {taken.step}" if isinstance(taken, Tile) else taken or "cublas",
             })  # fmt: skip
         return found
 
@@ -130,7 +134,9 @@ class Choices:
         """Time one; returns why no tile that fits can be launched, if none can."""
         columns, depth, dtype, device = shape
         x = torch.ones(rows, depth, dtype=dtype, device=device)
+        zeros = torch.zeros(columns, dtype=dtype, device=device)
         library = timed(lambda weight: torch.nn.functional.linear(x, weight), weights)
+        lt = timed(lambda weight: torch.addmm(zeros, x, weight.t()), weights)
         best: Tile | None = None
         fastest: float | None = None
         failed: Exception | None = None
@@ -145,8 +151,13 @@ class Choices:
                 continue
             if fastest is None or seconds < fastest * _MARGIN:
                 best, fastest = tile, seconds
-        self.seconds[shape, size] = (library, fastest)
-        self.tiles[shape, size] = best if fastest is not None and fastest < library * _MARGIN else None
+        self.seconds[shape, size] = (library, lt, fastest)
+        taken: Tile | str | None = LT if lt < library * _MARGIN else None
+        if fastest is not None and fastest < min(library, lt) * _MARGIN:
+            taken = best
+        if taken == LT:
+            self.zeros.setdefault(shape, zeros)  # a captured graph may read those that are there
+        self.taken[shape, size] = taken
         return failed if fastest is None else None
 
 
@@ -182,6 +193,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, siz
         ``[rows, columns]`` of the same dtype; sums are fp32.
     """
     from rlpatch.decoding.linear_kernel import skinny_kernel
+    from rlpatch.decoding.overlap import overlaps
 
     rows, depth = x.shape
     columns = weight.shape[0]
@@ -195,37 +207,30 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, siz
     return out
 
 
-@lru_cache(maxsize=8)
-def overlaps(device: torch.device) -> bool:
-    """Whether kernels can be launched while the one before them ends: from Hopper on, with Triton 3.4 or later."""
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] < 9:
-        return False
-    from rlpatch.decoding.linear_kernel import CAN_OVERLAP
-
-    try:
-        from triton.backends.nvidia.compiler import CUDAOptions
-    except ImportError:
-        return False
-    return CAN_OVERLAP and "launch_pdl" in CUDAOptions.__dataclass_fields__
-
-
 def timed(run: Callable[[torch.Tensor], Any], weights: Sequence[torch.Tensor]) -> float:
-    """Seconds that `run` takes the device for one of `weights`, in turn: the faster of two rounds.
+    """Seconds that `run` takes the device for one of `weights`, in turn: the fastest of three rounds.
 
-    The device sleeps while the launches queue up, so that none waits for the host.
+    In a CUDA graph, as decode steps have it: from a stream, one kernel takes 1 µs longer, and another 3.
     """
     turns = [weights[i % len(weights)] for i in range(_LAUNCHES)]
-    run(turns[0])
-    times = []
-    for _ in range(2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(_ASLEEP)
-        begin.record()
-        for weight in turns:
-            run(weight)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / _LAUNCHES)
+    run(turns[0])  # compiled, and its libraries loaded
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # torch.cuda.graph() would run the garbage collector each time
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for weight in turns:
+                run(weight)
+        finally:
+            graph.capture_end()
+        times = []
+        for _ in range(3):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3 / _LAUNCHES)
     return min(times)
 
 
@@ -234,9 +239,12 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     rows = x.numel() // max(1, depth)
     size = size_for(rows)
     if size is not None and rows and x.is_contiguous() and x.dtype == weight.dtype:
-        tile = CHOICES.tiles.get((shape_of(weight), size))
-        if tile is not None:
-            return launch(x.view(rows, depth), weight, bias, size, tile).view(*x.shape[:-1], weight.shape[0])
+        shape = shape_of(weight)
+        taken = CHOICES.taken.get((shape, size))
+        if isinstance(taken, Tile):
+            return launch(x.view(rows, depth), weight, bias, size, taken).view(*x.shape[:-1], weight.shape[0])
+        if taken == LT and bias is None:
+            bias = CHOICES.zeros[shape]
     return torch.nn.functional.linear(x, weight, bias)
 
 

@@ -12,11 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # before Triton 3.4; `PDL` is False there
-    gdc_launch_dependents = gdc_wait = None
-CAN_OVERLAP = gdc_wait is not None
+from rlpatch.decoding.overlap import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["rows"])

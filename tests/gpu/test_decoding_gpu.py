@@ -1,4 +1,4 @@
-"""Linear layers of few rows on a real GPU: every tile against float64, eagerly, in a CUDA graph, and the choice itself."""
+"""Kernels of decode steps on a real GPU, against float64, eagerly and in CUDA graphs; and what is chosen."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 pytest.importorskip("triton")
 
+from rlpatch.decoding import attention  # noqa: E402
 from rlpatch.decoding import linear as skinny  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -84,8 +85,7 @@ def test_the_operator_takes_what_was_chosen_and_leaves_the_rest() -> None:
     weights = [made(1, 4096, 4096, torch.bfloat16)[1] for _ in range(14)]
     keys = choices.tune(weights, 8)
     assert [size for _, size in keys] == [16]
-    library, ours = choices.seconds[keys[0]]
-    assert 1e-6 < library < 1e-3 and ours is not None and 1e-6 < ours < 1e-3
+    assert all(seconds is not None and 1e-6 < seconds < 1e-3 for seconds in choices.seconds[keys[0]])
     assert choices.tune(weights, 8) == keys
     x, weight, bias = made(40, 4096, 4096, torch.bfloat16)
     assert torch.equal(torch.ops.rlpatch.skinny_linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
@@ -97,4 +97,151 @@ def test_the_operator_takes_what_was_chosen_and_leaves_the_rest() -> None:
 def test_what_no_tile_covers_is_left() -> None:
     weights = [made(1, 1000, 250, torch.bfloat16)[1]]
     keys = skinny.CHOICES.tune(weights, 64)
-    assert len(keys) == 3 and all(skinny.CHOICES.tiles[key] is None for key in keys)
+    assert len(keys) == 3 and all(skinny.CHOICES.seconds[key][2] is None for key in keys)
+    x, weight, _ = made(40, 1000, 250, torch.bfloat16)
+    skinny.CHOICES.taken[keys[2]] = skinny.LT
+    skinny.CHOICES.zeros[keys[2][0]] = torch.zeros(1000, dtype=torch.bfloat16, device="cuda")
+    assert error(torch.ops.rlpatch.skinny_linear(x, weight, None), x, weight) < 0.05
+
+
+# ---- attention ----
+
+
+def sequences(
+    lengths: list[int], most: int, heads: int, kv_heads: int, head: int, dtype: Any, layout: str
+) -> dict[str, Any]:
+    """Pages in disorder, the rest of the last ones not a number."""
+    torch.manual_seed(len(lengths) + heads)
+    count, page = len(lengths), 16
+    pages = -(-most // page)
+    table = torch.randperm(count * pages, device="cuda").view(count, pages).int()
+    if layout == "by page":
+        keys, values = torch.randn(count * pages, 2, page, kv_heads, head, dtype=dtype, device="cuda").unbind(1)
+    elif layout == "by head":
+        whole = torch.randn(count * pages, kv_heads, page, 2 * head, dtype=dtype, device="cuda")
+        keys, values = whole.transpose(1, 2).split(head, dim=-1)
+    else:
+        keys, values = torch.randn(2, count * pages, page, kv_heads, head, dtype=dtype, device="cuda")
+    for row, length in enumerate(lengths):
+        for at in range(length, pages * page):
+            if at // page > length // page + 1:
+                break
+            for cache in (keys, values):
+                cache[table[row, at // page], at % page] = float("nan")
+    query = torch.randn(count, heads + 2, head, dtype=dtype, device="cuda")[:, :heads]
+    return {
+        "query": query,
+        "keys": keys,
+        "values": values,
+        "table": table,
+        "lengths": torch.tensor(lengths, dtype=torch.int32, device="cuda"),
+        "scale": head**-0.5,
+        "out": torch.full_like(query, float("nan"), memory_format=torch.contiguous_format),
+    }
+
+
+def exact(case: dict[str, Any]) -> Any:
+    keys, values, table = case["keys"], case["values"], case["table"]
+    page, kv_heads, head = keys.shape[1:]
+    out = torch.zeros_like(case["query"], dtype=torch.float64)
+    for row, length in enumerate(case["lengths"].tolist()):
+        if length:
+            pages = table[row, : -(-length // page)].long()
+            k = keys[pages].reshape(-1, kv_heads, head)[:length].double()
+            v = values[pages].reshape(-1, kv_heads, head)[:length].double()
+            q = case["query"][row].double().view(kv_heads, -1, head)
+            p = torch.softmax(torch.einsum("hgd,nhd->hgn", q, k) * case["scale"], -1)
+            out[row] = torch.einsum("hgn,nhd->hgd", p, v).reshape(-1, head)
+    return out
+
+
+LENGTHS = [0, 1, 2, 63, 64, 65, 127, 128, 129, 500, 1023, 1024, 1025, 2100, 2176]
+PLANS = [
+    attention.Plan(64, 3, 1024, 3),
+    attention.Plan(128, 2, 1024, 3),
+    attention.Plan(64, 3, 2176),
+    attention.Plan(64, 3, 64, 34),
+    attention.Plan(256, 3, 256, 9),
+]
+
+
+@pytest.mark.parametrize("how", PLANS, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head"), [(32, 8, 128), (28, 4, 128), (16, 1, 64), (8, 8, 128), (40, 8, 64)]
+)
+@pytest.mark.parametrize("layout", ["by page", "by head", "apart"])
+def test_attention(how: attention.Plan, heads: int, kv_heads: int, head: int, layout: str) -> None:
+    if how.tile > 16384 // head:
+        pytest.skip("more shared memory than there is")
+    for dtype, most in ((torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+        case = sequences(LENGTHS, 2176, heads, kv_heads, head, dtype, layout)
+        assert attention.attend(**case, how=how)
+        assert (case["out"].double() - exact(case)).abs().max() < most
+        first = case["out"].clone()
+        for _ in range(3):
+            attention.attend(**case, how=how)
+            assert torch.equal(case["out"], first)  # in one order, whichever program came last
+
+
+def test_attention_in_a_graph_follows_the_lengths() -> None:
+    """Layers after one another, launched while the ones before them end; the counters are shared."""
+    case = sequences([2176] * 24, 2176, 32, 8, 128, torch.bfloat16, "by page")
+    case["keys"].nan_to_num_()
+    case["values"].nan_to_num_()
+    how = attention.plan(24, 8, 128, 2176, 132)
+    assert how is not None and how.pieces > 1
+    start = case["query"].clone()
+    fresh = attention.Plan(how.tile, how.stages, how.piece, how.pieces, 8)
+
+    def chain() -> Any:
+        x = start
+        for _ in range(12):
+            out = torch.empty_like(x)
+            attention.attend(**{**case, "query": x, "out": out}, how=how)
+            x = out + start
+        return x
+
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain()
+        assert not attention.attend(**case, how=fresh)  # nothing is compiled in a capture
+    for seed in range(10):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        lengths = torch.randint(0, 2177, (24,), generator=generator, device="cuda", dtype=torch.int32)
+        lengths[20:] = 0
+        case["lengths"].copy_(lengths)
+        start.normal_(generator=generator)
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = captured.clone()
+        assert torch.equal(replayed, chain())
+        assert torch.equal(replayed[20:], start[20:])  # no sequence: zeros
+        attention.attend(**{**case, "query": start}, how=how)
+        assert (case["out"].double() - exact({**case, "query": start})).abs().max() < 2e-2
+
+
+def test_the_adapter_in_flash_attention_place() -> None:
+    """What vLLM's backend calls, with and without the adapter."""
+    fa_utils = pytest.importorskip("vllm.v1.attention.backends.fa_utils")
+    adapter = pytest.importorskip("rlpatch.adapters.vllm.decode_attention_v0_17")
+    if adapter.ADAPTER.relevant() is not None:
+        pytest.skip(adapter.ADAPTER.relevant())
+    case = sequences([700] * 40, 1024, 32, 8, 128, torch.bfloat16, "by page")
+    case["keys"].nan_to_num_()
+    case["values"].nan_to_num_()
+    call = {
+        "q": case["query"].contiguous(), "k": case["keys"], "v": case["values"], "out": case["out"],
+        "cu_seqlens_q": torch.arange(41, dtype=torch.int32, device="cuda"), "max_seqlen_q": 1, "seqused_k": case["lengths"],
+        "max_seqlen_k": 1024, "softmax_scale": case["scale"], "causal": True, "alibi_slopes": None, "window_size": [-1, -1],
+        "block_table": case["table"], "softcap": 0, "scheduler_metadata": None, "fa_version": 3, "q_descale": None,
+        "num_splits": 0, "s_aux": None,
+    }  # fmt: skip
+    theirs = fa_utils.flash_attn_varlen_func(**call).clone()
+    case["out"].fill_(float("nan"))
+
+    def none(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("not ours")
+
+    ours = adapter._call(none, None, (), call)
+    assert ours is case["out"] and (ours - theirs).abs().max() < 1e-2

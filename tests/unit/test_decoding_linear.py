@@ -16,25 +16,31 @@ from triton_interpreter import agrees
 torch = pytest.importorskip("torch")
 
 from rlpatch.decoding import linear as skinny  # noqa: E402
-from rlpatch.decoding.linear import TILES, Choices, Tile, shape_of, size_for, usable  # noqa: E402
+from rlpatch.decoding.linear import LT, TILES, Choices, Tile, shape_of, size_for, usable  # noqa: E402
 
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
-    """``{tile or None: seconds}``, to be filled; a tile that is missing cannot be launched."""
+    """``{tile or None: seconds}``, to be filled; a tile that is missing cannot be launched. `LT`: cuBLASLt, else 10."""
     given: dict[Any, float] = {}
-    asked: list[Tile] = []
+    asked: list[Tile | str] = []
 
     def launch(x: Any, weight: Any, bias: Any, size: int, tile: Tile) -> None:
         asked.append(tile)
 
+    def addmm(bias: Any, x: Any, weight: Any) -> Any:
+        assert not bias.any()
+        asked.append(LT)
+        return x @ weight
+
     def timed(run: Callable[[Any], Any], weights: Any) -> float:
         asked.clear()
         run(weights[0])
-        return given[asked[0] if asked else None]
+        return given.get(LT, 10) if asked == [LT] else given[asked[0] if asked else None]
 
     monkeypatch.setattr(skinny, "launch", launch)
     monkeypatch.setattr(skinny, "timed", timed)
+    monkeypatch.setattr(torch, "addmm", addmm)
     return given
 
 
@@ -54,20 +60,28 @@ def test_the_fastest_is_chosen_and_a_tie_goes_to_the_library(
         ({None: 10, first: 11, second: 12, third: 13}, None),
         ({None: 10, second: 9}, second),  # the others ask for more than this GPU has
         ({None: 10}, None),
+        ({None: 10, first: 8, second: 9, third: 9, LT: 7}, LT),
+        ({None: 10, first: 8, second: 9, third: 9, LT: 8.1}, LT),
+        ({None: 10, first: 8, second: 9, third: 9, LT: 8.5}, first),
+        ({None: 10, LT: 9}, LT),
     ):
         times.clear()
         times.update(seconds)
         made = Choices()
         caplog.clear()
         assert made.tune([weight(), weight()], 8) == [key]
-        assert ("no kernel for few rows can be launched" in caplog.text) is (len(seconds) == 1)
-        assert made.tiles[key] == expected
-        fastest = min((time for tile, time in seconds.items() if tile is not None), default=None)
-        assert made.seconds[key][0] == 10
-        assert made.seconds[key][1] == (fastest if expected is not first else 8)
+        assert ("no kernel for few rows can be launched" in caplog.text) is (
+            not {first, second, third} & seconds.keys()
+        )
+        assert made.taken[key] == expected
+        tiles = [time for tile, time in seconds.items() if isinstance(tile, Tile)]
+        library, lt, fastest = made.seconds[key]
+        assert library == 10 and lt == seconds.get(LT, 10)
+        assert fastest == (8 if expected is first else min(tiles, default=None))
         (entry,) = made.describe([key])
         assert entry["weight"] == "256 x 512 bfloat16" and entry["rows"] == 16 and entry["cublas_us"] == 10e6
-        assert entry["tile"] == (f"{expected.columns} x {expected.step}" if expected is not None else None)
+        name = f"{expected.columns} x {expected.step}" if isinstance(expected, Tile) else expected or "cublas"
+        assert entry["taken"] == name
 
 
 def test_a_shape_is_timed_once_and_for_the_sizes_that_are_reached(times: dict[Any, float]) -> None:
@@ -88,9 +102,9 @@ def test_a_tile_covers_a_weight_or_is_not_tried(times: dict[Any, float]) -> None
     made = Choices()
     for shape in ((250, 512), (256, 500)):
         (key,) = made.tune([weight(*shape)], 8)
-        assert made.tiles[key] is None and made.seconds[key] == (2.0, None)
+        assert made.taken[key] is None and made.seconds[key] == (2.0, 10, None)
     (key,) = made.tune([weight(32, 128)], 8)
-    assert made.tiles[key] == TILES[16][0]
+    assert made.taken[key] == TILES[16][0]
 
 
 def test_sizes_and_what_is_usable() -> None:
@@ -117,13 +131,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
 def test_the_operator_launches_what_was_chosen_and_leaves_the_rest(launched: list[Any]) -> None:
     w, bias = torch.randn(96, 64).bfloat16(), torch.randn(96).bfloat16()
     op = torch.ops.rlpatch.skinny_linear
-    skinny.CHOICES.tiles = {(shape_of(w), 16): Tile(32, 64, 2), (shape_of(w), 32): None}
+    skinny.CHOICES.taken = {(shape_of(w), 16): Tile(32, 64, 2), (shape_of(w), 32): None, (shape_of(w), 64): LT}
+    skinny.CHOICES.zeros = {shape_of(w): torch.zeros(96).bfloat16()}
     for shape, expected in (
         ((8, 64), [((8, 64), 16)]),
         ((2, 4, 64), [((8, 64), 16)]),
         ((64,), [((1, 64), 16)]),
         ((20, 64), []),  # the library was faster
-        ((40, 64), []),  # nobody looked
+        ((40, 64), []),  # cuBLASLt was
         ((65, 64), []),
         ((0, 64), []),
     ):
@@ -132,6 +147,9 @@ def test_the_operator_launches_what_was_chosen_and_leaves_the_rest(launched: lis
         for given in (None, bias):
             assert torch.equal(op(x, w, given), torch.nn.functional.linear(x, w, given))
         assert launched == expected * 2
+    skinny.CHOICES.zeros = {shape_of(w): bias}  # to be told from none
+    x = torch.randn(40, 64).bfloat16()
+    assert torch.equal(op(x, w, None), torch.nn.functional.linear(x, w, bias))
     launched.clear()
     wide = torch.randn(8, 128).bfloat16()
     assert op(wide[:, ::2], w, None).shape == (8, 96) and not launched  # its rows have gaps
@@ -142,7 +160,7 @@ def test_the_operator_launches_what_was_chosen_and_leaves_the_rest(launched: lis
 
 def test_the_operator_is_opaque_to_torch_compile(launched: list[Any]) -> None:
     w = torch.randn(96, 64).bfloat16()
-    skinny.CHOICES.tiles = {(shape_of(w), 16): Tile(32, 64, 2)}
+    skinny.CHOICES.taken = {(shape_of(w), 16): Tile(32, 64, 2)}
     compiled = torch.compile(
         lambda x: torch.ops.rlpatch.skinny_linear(x + 1, w, None) * 2, backend="eager", fullgraph=True, dynamic=True
     )

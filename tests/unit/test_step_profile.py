@@ -23,6 +23,7 @@ from rlpatch.bench.step_profile import KINDS, OTHER, Event, busy, by_phase, kind
         ("skinny_kernel", "matrix products"),
         ("triton_red_fused_fused_add_rms_norm_skinny_linear_2", "norms, rotary, activations"),
         ("void flash::FlashAttnFwdSm90<...>", "attention"),
+        ("decode_kernel", "attention"),
         ("void vllm::reshape_and_cache_flash_kernel<...>", "attention"),
         ("void vllm::fused_add_rms_norm_kernel<c10::BFloat16, 8>", "norms, rotary, activations"),
         ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", OTHER),

@@ -1,0 +1,150 @@
+"""Attention of decode steps by a kernel for single queries (`rlpatch.decoding.attention`), on Hopper.
+
+``FlashAttentionImpl.forward`` ends in ``flash_attn_varlen_func`` of its own module, with FlashAttention 3's arguments by
+name: queries, pages of keys and values whatever their layout, the block table, lengths. Where every sequence has one query,
+none of FlashAttention's options is in use, and there are enough sequences to fill the device, ours computes it; the cache
+has been written before. Everything else stays FlashAttention's: prompts, few sequences, windows, ALiBi, sinks, soft caps,
+quantized caches, cascades, decode context parallelism.
+
+Which kernel is taken depends on sizes alone, so that a run is repeated bit for bit. Batch invariance asks for one whatever
+the size: left alone.
+Delete when: FlashAttention has a kernel for single queries that is as fast (Hopper, paged, 2 to 16 query heads a KV head).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+from rlpatch.patching import Patch
+from rlpatch.registry import Adapter, Context
+from rlpatch.relies import Relies
+
+logger = logging.getLogger("rlpatch")
+
+MODULE = "vllm.v1.attention.backends.flash_attn"
+_VERSION = 3  # FlashAttention's, which Hopper alone has
+_GROUP = 16  # query heads of a KV head, as many as a tile has rows
+_READ = (
+    "q", "k", "v", "out", "block_table", "seqused_k", "max_seqlen_q", "softmax_scale", "window_size", "softcap",
+    "fa_version",
+)  # fmt: skip
+_IDLE = (  # say nothing about single queries in 16 bits
+    "cu_seqlens_q", "max_seqlen_k", "causal", "scheduler_metadata", "num_splits", "q_descale", "k_descale", "v_descale",
+)  # fmt: skip
+
+_failed = False
+
+
+def _plain(call: dict[str, Any]) -> bool:
+    """Whether this is nothing but single queries over 16-bit pages."""
+    import torch
+
+    from rlpatch.decoding.attention import HEADS
+
+    tensors = [call.get(name) for name in _READ[:6]]
+    if call.get("fa_version") != _VERSION or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        return False
+    query, keys, values, out, table, lengths = (cast(torch.Tensor, tensor) for tensor in tensors)
+    others = (value for name, value in call.items() if name not in _READ and name not in _IDLE)
+    if any(value is not None and value is not False for value in others):
+        return False  # an option that is in use, or one that nobody here knows
+    window = call.get("window_size")
+    if call.get("softcap") or (window is not None and tuple(window) != (-1, -1)):
+        return False
+    if not query.shape[0] == lengths.shape[0] == table.shape[0] == out.shape[0]:
+        return False  # a sequence without a query among them
+    head = query.shape[-1]
+    return (
+        head in HEADS
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype == keys.dtype == values.dtype == out.dtype
+        and keys.ndim == 4
+        and head == keys.shape[-1] == values.shape[-1]
+        and query.shape[1] // keys.shape[2] <= _GROUP
+        and all(tensor.stride(-1) == 1 for tensor in (query, keys, values, out, table, lengths))
+    )
+
+
+def _invariant() -> bool:
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_BATCH_INVARIANT", False))
+
+
+def _decode(call: dict[str, Any]) -> bool:
+    """Compute it, if it is ours."""
+    from rlpatch.decoding.attention import attend, multiprocessors, plan
+
+    if not _plain(call) or _invariant():
+        return False
+    query, keys, table = call["q"], call["k"], call["block_table"]
+    how = plan(
+        query.shape[0], keys.shape[2], query.shape[2], table.shape[1] * keys.shape[1], multiprocessors(query.device)
+    )
+    scale = call.get("softmax_scale") or query.shape[2] ** -0.5
+    return how is not None and attend(query, keys, call["v"], table, call["seqused_k"], scale, call["out"], how)
+
+
+def _call(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    global _failed
+    if kwargs.get("max_seqlen_q") == 1 and not args and not _failed:
+        try:
+            if _decode(kwargs):
+                return kwargs["out"]
+        except Exception as error:  # a compiler, say, that does not know this GPU
+            _failed = True
+            logger.warning("rlpatch: decode_attention: FlashAttention's kernel stays: %r", error)
+    return wrapped(*args, **kwargs)
+
+
+def _relevant() -> str | None:
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    if not current_platform.is_cuda():
+        return "the engine does not run on CUDA"
+    capability = current_platform.get_device_capability()
+    if capability is None or capability.major != 9:
+        return "the GPU is none of Hopper's, which FlashAttention 3 and the kernel in its place are for"
+    return None if HAS_TRITON else "there is no Triton"
+
+
+def _patches(context: Context) -> list[Patch]:
+    return [Patch(MODULE, "flash_attn_varlen_func", _call)]
+
+
+_FORWARD = "FlashAttentionImpl.forward"
+_READS = (
+    "query[:num_actual_tokens]",
+    "output[:num_actual_tokens]",
+    "attn_metadata.max_query_len",
+    "attn_metadata.seq_lens",
+    "attn_metadata.block_table",
+    "self.scale",
+    "self.alibi_slopes",
+    "self.logits_soft_cap",
+    "self.vllm_flash_attn_version",
+    "self.sinks",
+)
+ADAPTER = Adapter(
+    capability="decode_attention",
+    library="vllm",
+    versions=">=0.17,<0.34",
+    module="vllm.entrypoints.llm",
+    relevant=_relevant,
+    patches=_patches,
+    relies_on=(
+        Relies(
+            f"{MODULE}:{_FORWARD}",
+            contains=("flash_attn_varlen_func", *_READS),
+            otherwise=(Relies(f"{MODULE}:{_FORWARD}", contains=("_FA4_DENSE_ATTENTION_KERNEL", *_READS)),),
+        ),
+        Relies(f"{MODULE}:FlashAttentionImpl.do_kv_cache_update", contains=("reshape_and_cache_flash",)),
+        Relies(
+            "vllm.vllm_flash_attn.flash_attn_interface:flash_attn_varlen_func",
+            parameters=_READ + _IDLE,
+        ),
+        Relies("vllm.platforms.interface:Platform.get_device_capability"),
+    ),
+)
