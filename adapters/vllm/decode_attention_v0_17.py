@@ -1,10 +1,14 @@
 """Attention of decode steps by a kernel for single queries (`rlpatch.decoding.attention`), on Hopper.
 
-``FlashAttentionImpl.forward`` ends in ``flash_attn_varlen_func`` of its own module, with FlashAttention 3's arguments by
-name: queries, pages of keys and values whatever their layout, the block table, lengths. Where every sequence has one query,
-none of FlashAttention's options is in use, and there are enough sequences to fill the device, ours computes it; the cache
-has been written before. Everything else stays FlashAttention's: prompts, few sequences, windows, ALiBi, sinks, soft caps,
-quantized caches, cascades, decode context parallelism.
+``FlashAttentionImpl.forward`` ends in ``flash_attn_varlen_func`` of its own module (from 0.30 by way of
+``FA4DenseAttentionKernel``, whatever the version), with FlashAttention 3's arguments by name: queries, pages of keys and
+values whatever their layout, the block table, lengths. Where every sequence has one query, none of FlashAttention's options
+is in use, and there are enough sequences to fill the device, ours computes it; the cache has been written before.
+Everything else stays FlashAttention's: prompts, few sequences, windows, ALiBi, sinks, soft caps, quantized caches,
+cascades, decode context parallelism.
+
+A CUDA graph for batches of prompts and decodes together (``cudagraph_mode`` FULL, not the default) may be captured with
+single queries and replayed with longer ones: beside an engine with such graphs FlashAttention's stays.
 
 Which kernel is taken depends on sizes alone, so that a run is repeated bit for bit. Batch invariance asks for one whatever
 the size: left alone.
@@ -14,6 +18,7 @@ Delete when: FlashAttention has a kernel for single queries that is as fast (Hop
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any, cast
 
 from rlpatch.patching import Patch
@@ -34,6 +39,7 @@ _IDLE = (  # say nothing about single queries in 16 bits
 )  # fmt: skip
 
 _failed = False
+_compilations: list[weakref.ref[Any]] = []  # of engines with this backend
 
 
 def _plain(call: dict[str, Any]) -> bool:
@@ -66,17 +72,22 @@ def _plain(call: dict[str, Any]) -> bool:
     )
 
 
-def _invariant() -> bool:
+def _asked_for_one_kernel() -> bool:
+    """Batch invariance, or graphs in which a query may be a prompt's."""
     from vllm import envs
+    from vllm.config import CUDAGraphMode
 
-    return bool(getattr(envs, "VLLM_BATCH_INVARIANT", False))
+    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+        return True
+    modes = (compilation.cudagraph_mode for ref in _compilations if (compilation := ref()) is not None)
+    return any(mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL for mode in modes)
 
 
 def _decode(call: dict[str, Any]) -> bool:
     """Compute it, if it is ours."""
     from rlpatch.decoding.attention import attend, multiprocessors, plan
 
-    if not _plain(call) or _invariant():
+    if not _plain(call) or _asked_for_one_kernel():
         return False
     query, keys, table = call["q"], call["k"], call["block_table"]
     how = plan(
@@ -98,6 +109,14 @@ def _call(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return wrapped(*args, **kwargs)
 
 
+def _build(wrapped: Any, builder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = wrapped(*args, **kwargs)
+    compilation = builder.compilation_config
+    if not any(ref() is compilation for ref in _compilations):
+        _compilations[:] = [ref for ref in _compilations if ref() is not None] + [weakref.ref(compilation)]
+    return result
+
+
 def _relevant() -> str | None:
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
@@ -111,7 +130,10 @@ def _relevant() -> str | None:
 
 
 def _patches(context: Context) -> list[Patch]:
-    return [Patch(MODULE, "flash_attn_varlen_func", _call)]
+    return [
+        Patch(MODULE, "flash_attn_varlen_func", _call),
+        Patch(MODULE, "FlashAttentionMetadataBuilder.__init__", _build),
+    ]
 
 
 _FORWARD = "FlashAttentionImpl.forward"
@@ -140,11 +162,19 @@ ADAPTER = Adapter(
             contains=("flash_attn_varlen_func", *_READS),
             otherwise=(Relies(f"{MODULE}:{_FORWARD}", contains=("_FA4_DENSE_ATTENTION_KERNEL", *_READS)),),
         ),
+        Relies(
+            f"{MODULE}:FA4DenseAttentionKernel.kernel",
+            contains=("flash_attn_varlen_func(*args, **kwargs)",),
+            versions=">=0.30",
+        ),
         Relies(f"{MODULE}:FlashAttentionImpl.do_kv_cache_update", contains=("reshape_and_cache_flash",)),
         Relies(
             "vllm.vllm_flash_attn.flash_attn_interface:flash_attn_varlen_func",
             parameters=_READ + _IDLE,
         ),
+        Relies(f"{MODULE}:FlashAttentionMetadataBuilder.compilation_config"),
+        Relies("vllm.config:CompilationConfig.cudagraph_mode"),
+        Relies("vllm.config:CUDAGraphMode.mixed_mode"),
         Relies("vllm.platforms.interface:Platform.get_device_capability"),
     ),
 )

@@ -6,6 +6,7 @@ tests/gpu/test_decoding_gpu.py.
 
 from __future__ import annotations
 
+import gc
 import importlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -150,13 +151,14 @@ def test_options_that_nobody_here_knows_are_theirs(flash: list[str], forward: Ca
     assert flash == ["theirs"]
 
 
-def test_batch_invariance_and_failures_leave_theirs(
+def test_batch_invariance_mixed_graphs_and_failures_leave_theirs(
     flash: list[str],
     forward: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     from vllm import envs
+    from vllm.config import CompilationConfig, CUDAGraphMode
 
     ours = forward()
     with monkeypatch.context() as changed:
@@ -164,11 +166,29 @@ def test_batch_invariance_and_failures_leave_theirs(
         forward()
     assert flash == ["ours", "theirs"]
 
+    whole = CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL)
+    for compilation, expected in (
+        (CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE), "ours"),
+        (CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY), "ours"),
+        (whole, "theirs"),
+        (whole, "theirs"),  # a second group of layers
+    ):
+        flash.clear()
+        adapter._build(lambda: None, SimpleNamespace(compilation_config=compilation), (), {})
+        forward()
+        assert flash == [expected]
+    del whole, compilation  # its engine is gone
+    gc.collect()
+    flash.clear()
+    forward()
+    assert flash == ["ours"]
+    adapter._compilations.clear()
+
     def broken(*args: Any) -> bool:
         raise RuntimeError("no such GPU")
 
     monkeypatch.setattr(attention, "attend", broken)
     for _ in range(2):
         assert torch.equal(forward(), ours)
-    assert flash == ["ours", "theirs", "theirs", "theirs"]
+    assert flash == ["ours", "theirs", "theirs"]
     assert caplog.text.count("FlashAttention's kernel stays: RuntimeError('no such GPU')") == 1

@@ -65,6 +65,7 @@ LLM, CORE, FRONT = "entrypoints/llm.py", "v1/engine/core.py", "v1/engine/llm_eng
 CLIENT = "v1/engine/core_client.py"
 WORKER, RUNNER, V2 = "v1/worker/gpu_worker.py", "v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"
 V2_LOGPROB = "v1/worker/gpu/sample/logprob.py"
+V2_BATCH, FLASH = "v1/worker/gpu/input_batch.py", "v1/attention/backends/flash_attn.py"
 EXECUTOR, EXECUTOR_V0 = "v1/executor/abstract.py", "executor/executor_base.py"
 CUMEM = "device_allocator/cumem.py"
 LOADERS = "model_executor/model_loader/__init__.py"
@@ -254,6 +255,17 @@ CLAIMS = (
     Claim("skinny_linear_v0_17", ">=0.17", LINEAR, "RowParallelLinear.forward",
           has=("self.quant_method.apply(self, input_parallel, bias_)",)),
     Claim("skinny_linear_v0_17", ">=0.17", WORKER, "Worker.load_model", has=("self.model_runner.load_model(",)),
+    # ---- decode_attention ----
+    Claim("decode_attention_v0_17", ">=0.17", FLASH, "FlashAttentionBackend",
+          has=("forward_includes_kv_cache_update: bool = False",)),  # written before
+    Claim("decode_attention_v0_17", ">=0.30", FLASH, "FA4DenseAttentionKernel.kernel",
+          has=("return flash_attn_varlen_func(*args, **kwargs)",)),
+    Claim("decode_attention_v0_17", ">=0.17", V2_BATCH, "_prepare_pos_seq_lens_kernel",
+          has=("tl.store(seq_lens_ptr + block, 0, mask=mask)",)),  # rows that only fill a graph up
+    Claim("decode_attention_v0_17", ">=0.17,<0.19", RUNNER, "GPUModelRunner._prepare_inputs",
+          has=("self.seq_lens.np[num_reqs:].fill(0)",)),
+    Claim("decode_attention_v0_17", ">=0.19", RUNNER, "GPUModelRunner._prepare_inputs",
+          has=("self.seq_lens[num_reqs:].fill_(0)",)),
     # ---- graph_capture_gc ----
     Claim("collector_v0_9", "<0.10", RUNNER, "GPUModelRunner.capture_model", lacks=("gc.",)),
     Claim("collector_v0_9 collector_v0_12", ">=0.10,<0.18", RUNNER, "GPUModelRunner.capture_model",
