@@ -110,18 +110,20 @@ def test_what_no_tile_covers_is_left() -> None:
 def sequences(
     lengths: list[int], most: int, heads: int, kv_heads: int, head: int, dtype: Any, layout: str
 ) -> dict[str, Any]:
-    """Pages in disorder, the rest of the last ones not a number."""
+    """Pages in disorder; what lies behind a context, and the page that is nobody's, is not a number."""
     torch.manual_seed(len(lengths) + heads)
     count, page = len(lengths), 16
     pages = -(-most // page)
-    table = torch.randperm(count * pages, device="cuda").view(count, pages).int()
+    table = torch.randperm(count * pages, device="cuda").view(count, pages).int() + 1
+    whole = count * pages + 1
     if layout == "by page":
-        keys, values = torch.randn(count * pages, 2, page, kv_heads, head, dtype=dtype, device="cuda").unbind(1)
+        keys, values = torch.randn(whole, 2, page, kv_heads, head, dtype=dtype, device="cuda").unbind(1)
     elif layout == "by head":
-        whole = torch.randn(count * pages, kv_heads, page, 2 * head, dtype=dtype, device="cuda")
-        keys, values = whole.transpose(1, 2).split(head, dim=-1)
+        both = torch.randn(whole, kv_heads, page, 2 * head, dtype=dtype, device="cuda")
+        keys, values = both.transpose(1, 2).split(head, dim=-1)
     else:
-        keys, values = torch.randn(2, count * pages, page, kv_heads, head, dtype=dtype, device="cuda")
+        keys, values = torch.randn(2, whole, page, kv_heads, head, dtype=dtype, device="cuda")
+    keys[0] = values[0] = float("nan")
     for row, length in enumerate(lengths):
         for at in range(length, pages * page):
             if at // page > length // page + 1:

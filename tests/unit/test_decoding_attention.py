@@ -66,12 +66,13 @@ CASE = """
     lengths = torch.tensor([0, 1, 15, 32, 33, 97, 128], dtype=torch.int32)
     count, page, pages = len(lengths), 16, 8
     for heads, kv_heads, head in ((8, 2, 64), (7, 1, 64), (4, 2, 128)):
-        table = torch.randperm(count * pages).view(count, pages).int()
-        whole = torch.randn(count * pages, kv_heads, page, 2 * head).half()
+        table = torch.randperm(count * pages).view(count, pages).int() + 1
+        whole = torch.randn(count * pages + 1, kv_heads, page, 2 * head).half()
         for keys, values in (
-            torch.randn(count * pages, 2, page, kv_heads, head).half().unbind(1),  # vLLM 0.25
+            torch.randn(count * pages + 1, 2, page, kv_heads, head).half().unbind(1),  # vLLM 0.25
             whole.transpose(1, 2).split(head, dim=-1),  # 0.31
         ):
+            keys[0] = values[0] = float("nan")  # nobody's
             for row, length in enumerate(lengths.tolist()):
                 if length < page * pages:  # whatever lies behind the last token
                     keys[table[row, length // page], length % page :] = float("nan")
