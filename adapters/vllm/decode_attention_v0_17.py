@@ -8,7 +8,8 @@ Everything else stays FlashAttention's: prompts, few sequences, windows, ALiBi, 
 cascades, decode context parallelism.
 
 A CUDA graph for batches of prompts and decodes together (``cudagraph_mode`` FULL, not the default) may be captured with
-single queries and replayed with longer ones: beside an engine with such graphs FlashAttention's stays.
+single queries and replayed with longer ones, and dual batch overlap computes two batches at once: beside an engine with
+either FlashAttention's stays.
 
 Which kernel is taken depends on sizes alone, so that a run is repeated bit for bit. Batch invariance asks for one whatever
 the size: left alone.
@@ -39,7 +40,7 @@ _IDLE = (  # say nothing about single queries in 16 bits
 )  # fmt: skip
 
 _failed = False
-_compilations: list[weakref.ref[Any]] = []  # of engines with this backend
+_configs: list[weakref.ref[Any]] = []  # of engines with this backend
 
 
 def _plain(call: dict[str, Any]) -> bool:
@@ -72,22 +73,27 @@ def _plain(call: dict[str, Any]) -> bool:
     )
 
 
-def _asked_for_one_kernel() -> bool:
-    """Batch invariance, or graphs in which a query may be a prompt's."""
+def _theirs_throughout() -> bool:
+    """Batch invariance, graphs in which a query may be a prompt's, or attention of two batches at once."""
     from vllm import envs
     from vllm.config import CUDAGraphMode
 
     if getattr(envs, "VLLM_BATCH_INVARIANT", False):
         return True
-    modes = (compilation.cudagraph_mode for ref in _compilations if (compilation := ref()) is not None)
-    return any(mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL for mode in modes)
+    for config in (ref() for ref in _configs):
+        mode = config.compilation_config.cudagraph_mode if config is not None else None
+        if mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
+            return True
+        if config is not None and config.parallel_config.enable_dbo:
+            return True
+    return False
 
 
 def _decode(call: dict[str, Any]) -> bool:
     """Compute it, if it is ours."""
     from rlpatch.decoding.attention import attend, multiprocessors, plan
 
-    if not _plain(call) or _asked_for_one_kernel():
+    if not _plain(call) or _theirs_throughout():
         return False
     query, keys, table = call["q"], call["k"], call["block_table"]
     how = plan(
@@ -111,9 +117,8 @@ def _call(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _build(wrapped: Any, builder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = wrapped(*args, **kwargs)
-    compilation = builder.compilation_config
-    if not any(ref() is compilation for ref in _compilations):
-        _compilations[:] = [ref for ref in _compilations if ref() is not None] + [weakref.ref(compilation)]
+    if not any(ref() is builder.vllm_config for ref in _configs):
+        _configs[:] = [ref for ref in _configs if ref() is not None] + [weakref.ref(builder.vllm_config)]
     return result
 
 
@@ -172,7 +177,9 @@ ADAPTER = Adapter(
             "vllm.vllm_flash_attn.flash_attn_interface:flash_attn_varlen_func",
             parameters=_READ + _IDLE,
         ),
-        Relies(f"{MODULE}:FlashAttentionMetadataBuilder.compilation_config"),
+        Relies("vllm.v1.attention.backend:AttentionMetadataBuilder.vllm_config"),
+        Relies("vllm.config:VllmConfig.compilation_config"),
+        Relies("vllm.config:ParallelConfig.enable_dbo"),
         Relies("vllm.config:CompilationConfig.cudagraph_mode"),
         Relies("vllm.config:CUDAGraphMode.mixed_mode"),
         Relies("vllm.platforms.interface:Platform.get_device_capability"),

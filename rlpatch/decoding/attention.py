@@ -84,17 +84,16 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count  # type: ignore[no-any-return]
 
 
-_arrived: dict[tuple[torch.device, int], torch.Tensor] = {}  # by stream: two may compute attention at once
+_CELLS = 1 << 16  # sequences times KV heads
+_arrived: dict[torch.device, torch.Tensor] = {}  # never replaced: graphs hold their addresses
 _launched: set[Any] = set()
 
 
-def _counters(device: torch.device, cells: int) -> torch.Tensor:
-    """Zeros for `decode_kernel`'s `arrived`, which leaves them zero: ``[at least cells]`` int32."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _arrived.get((device, stream))
-    if found is None or found.numel() < cells:
-        found = _arrived[device, stream] = torch.zeros(max(cells, 4096), dtype=torch.int32, device=device)
-    return found
+def _counters(device: torch.device) -> torch.Tensor:
+    """Zeros for `decode_kernel`'s `arrived`, which leaves them zero: ``[_CELLS]`` int32, one for a device."""
+    if device not in _arrived:
+        _arrived[device] = torch.zeros(_CELLS, dtype=torch.int32, device=device)
+    return _arrived[device]
 
 
 def attend(
@@ -109,6 +108,8 @@ def attend(
 ) -> bool:
     """``out[i] = softmax(scale · query[i] · keysᵢᵀ) · valuesᵢ`` for the last token of each sequence.
 
+    One at a time on a device, if `how` has several pieces: they count in the same place.
+
     Args:
         query: ``[sequences, heads, head]``, bf16 or fp16; the last stride 1.
         keys: ``[pages, page, kv_heads, head]`` of the same dtype, by any strides but the last, which is 1.
@@ -121,7 +122,8 @@ def attend(
 
     Returns:
         Whether it was computed. False while a CUDA graph is captured that nothing like it was launched before: a graph's
-        own memory is no place for what outlives it, nor its capture one for a compiler.
+        own memory is no place for what outlives it, nor its capture one for a compiler. False, too, for more sequences
+        than there are counters.
     """
     from rlpatch.decoding.attention_kernel import decode_kernel
     from rlpatch.decoding.overlap import overlaps
@@ -131,6 +133,8 @@ def attend(
     group = heads // kv_heads
     cells = sequences * kv_heads
     split = how.pieces > 1
+    if split and cells > _CELLS:
+        return False
     kind = (how, query.dtype, query.device, group, page)
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         if kind not in _launched:
@@ -139,7 +143,7 @@ def attend(
         _launched.add(kind)
     partial = extremes = arrived = None
     if split:
-        arrived = _counters(query.device, cells)
+        arrived = _counters(query.device)  # made before anything is captured: see above
         partial = torch.empty(cells, how.pieces, group, head, dtype=torch.float32, device=query.device)
         extremes = torch.empty(cells, how.pieces, group, 2, dtype=torch.float32, device=query.device)
     early = overlaps(query.device)

@@ -166,23 +166,29 @@ def test_batch_invariance_mixed_graphs_and_failures_leave_theirs(
         forward()
     assert flash == ["ours", "theirs"]
 
-    whole = CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL)
-    for compilation, expected in (
-        (CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE), "ours"),
-        (CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY), "ours"),
-        (whole, "theirs"),
-        (whole, "theirs"),  # a second group of layers
+    class Engine:
+        def __init__(self, mode: str, dbo: bool) -> None:
+            self.compilation_config = CompilationConfig(cudagraph_mode=CUDAGraphMode[mode])
+            self.parallel_config = SimpleNamespace(enable_dbo=dbo)
+
+    adapter._configs.clear()
+    for mode, dbo, expected in (
+        ("FULL_AND_PIECEWISE", False, "ours"),
+        ("FULL_DECODE_ONLY", False, "ours"),
+        ("FULL", False, "theirs"),
+        ("NONE", True, "theirs"),
     ):
         flash.clear()
-        adapter._build(lambda: None, SimpleNamespace(compilation_config=compilation), (), {})
+        engine = Engine(mode, dbo)
+        for _ in range(2):  # groups of layers
+            adapter._build(lambda: None, SimpleNamespace(vllm_config=engine), (), {})
         forward()
-        assert flash == [expected]
-    del whole, compilation  # its engine is gone
-    gc.collect()
+        assert flash == [expected] and len(adapter._configs) == 1
+        del engine
+        gc.collect()
     flash.clear()
     forward()
     assert flash == ["ours"]
-    adapter._compilations.clear()
 
     def broken(*args: Any) -> bool:
         raise RuntimeError("no such GPU")

@@ -204,10 +204,13 @@ def test_attention_in_a_graph_follows_the_lengths() -> None:
         return x
 
     chain()
+    counters = attention._arrived[start.device]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = chain()
         assert not attention.attend(**case, how=fresh)  # nothing is compiled in a capture
+    (found,) = attention._arrived.values()
+    assert found is counters  # the graph has none of its own, which others would read
     for seed in range(10):
         generator = torch.Generator("cuda").manual_seed(seed)
         lengths = torch.randint(0, 2177, (24,), generator=generator, device="cuda", dtype=torch.int32)
@@ -219,6 +222,7 @@ def test_attention_in_a_graph_follows_the_lengths() -> None:
         replayed = captured.clone()
         assert torch.equal(replayed, chain())
         assert torch.equal(replayed[20:], start[20:])  # no sequence: zeros
+        assert not counters.any()
         attention.attend(**{**case, "query": start}, how=how)
         assert (case["out"].double() - exact({**case, "query": start})).abs().max() < 2e-2
 
