@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
+from rlpatch.decoding.clock import timed
+
 logger = logging.getLogger("rlpatch")
 
 SIZES = (16, 32, 64)  # rows that a kernel is made for; more are cuBLAS's, whose products then have enough to do
 _MARGIN = 0.98  # of cuBLAS's time: what is no faster than that stays its
-_LAUNCHES = 24  # for one timing: what events and a first launch take is little beside them
 LT = "cublaslt"  # a product with a bias, if only of zeros, is cuBLASLt's, which is faster for some shapes
 
 
@@ -206,33 +207,6 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, siz
         num_warps=tile.warps, num_stages=tile.stages, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
-
-
-def timed(run: Callable[[torch.Tensor], Any], weights: Sequence[torch.Tensor]) -> float:
-    """Seconds that `run` takes the device for one of `weights`, in turn: the fastest of three rounds.
-
-    In a CUDA graph, as decode steps have it: from a stream, one kernel takes 1 µs longer, and another 3.
-    """
-    turns = [weights[i % len(weights)] for i in range(_LAUNCHES)]
-    run(turns[0])  # compiled, and its libraries loaded
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # torch.cuda.graph() would run the garbage collector each time
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for weight in turns:
-                run(weight)
-        finally:
-            graph.capture_end()
-        times = []
-        for _ in range(3):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3 / _LAUNCHES)
-    return min(times)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

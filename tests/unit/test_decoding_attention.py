@@ -12,6 +12,7 @@ from triton_interpreter import agrees
 
 pytest.importorskip("torch")
 
+from rlpatch.bench.attention import candidates
 from rlpatch.decoding.attention import plan
 
 H200 = 132  # multiprocessors
@@ -42,6 +43,17 @@ def test_what_was_not_measured_has_no_plan() -> None:
     assert [pieces(sequences, 2176) for sequences in (7, 8, 16, 17, 47, 48, 64)] == [None, 9, 9, 5, 5, 2, 2]
     assert [pieces(sequences, 4096) for sequences in (8, 32, 64)] == [None, None, 2]
     assert pieces(64, 8192) == 4 and pieces(64, 8208) is None
+
+
+def test_what_the_bench_compares_covers_every_context_and_has_what_is_taken() -> None:
+    for longest in (320, 2176, 4096):
+        compared = candidates(longest, 128)
+        assert len(set(compared)) == len(compared) > 5
+        for how in compared:
+            assert how.piece % how.tile == 0 and how.piece * how.pieces >= longest > how.piece * (how.pieces - 1)
+        for sequences in (8, 32, 64):
+            taken = plan(sequences, 8, 128, longest, H200)
+            assert taken is None or taken in compared
 
 
 CASE = """
