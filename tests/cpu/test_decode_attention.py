@@ -6,6 +6,7 @@ tests/gpu/test_decoding_gpu.py.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 from collections.abc import Callable, Iterator
@@ -91,12 +92,14 @@ def forward() -> Callable[..., Any]:
         for name, value in {**usual, **given}.items():
             setattr(impl, name, value)
         rows = sequences * query_len if rows is None else rows
-        metadata = backend.FlashAttentionMetadata(
-            num_actual_tokens=rows, max_query_len=query_len, max_seq_len=PAGE * PAGES, slot_mapping=None,
-            query_start_loc=torch.arange(0, sequences * query_len + 1, query_len).int(), seq_lens=lengths[:sequences],
-            block_table=table[:sequences], use_cascade=False, common_prefix_len=0, cu_prefix_query_lens=None,
-            prefix_kv_lens=None, suffix_kv_lens=None,
-        )  # fmt: skip
+        said = {
+            "num_actual_tokens": rows, "max_query_len": query_len, "max_seq_len": PAGE * PAGES, "slot_mapping": None,
+            "query_start_loc": torch.arange(0, sequences * query_len + 1, query_len).int(), "seq_lens": lengths[:sequences],
+            "block_table": table[:sequences], "use_cascade": False, "common_prefix_len": 0, "cu_prefix_query_lens": None,
+            "prefix_kv_lens": None, "suffix_kv_lens": None,
+        }  # fmt: skip
+        known = {field.name for field in dataclasses.fields(backend.FlashAttentionMetadata)}  # no cascades from 0.32
+        metadata = backend.FlashAttentionMetadata(**{name: value for name, value in said.items() if name in known})
         layer = SimpleNamespace(_q_scale=torch.ones(1), _k_scale=torch.ones(1), _v_scale=torch.ones(1))
         out = torch.zeros_like(query)
         impl.forward(layer, query[:rows], None, None, cache, metadata, out)
