@@ -17,6 +17,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from attention_reference import exact  # noqa: E402
+
 from rlpatch.adapters.vllm import decode_attention_v0_17 as adapter  # noqa: E402
 from rlpatch.decoding import attention  # noqa: E402
 from rlpatch.patching import PatchSet  # noqa: E402
@@ -32,15 +34,6 @@ if found is None or not within(found, adapter.ADAPTER.versions):
 SEQUENCES, HEADS, KV_HEADS, HEAD, PAGE, PAGES = 20, 4, 2, 64, 16, 4
 
 
-def attended(query: Any, keys: Any, values: Any, table: Any, lengths: Any, scale: float, out: Any) -> None:
-    for row, length in enumerate(lengths.tolist()[: len(query)]):
-        k = keys[table[row].long()].reshape(-1, KV_HEADS, HEAD)[:length].float()
-        v = values[table[row].long()].reshape(-1, KV_HEADS, HEAD)[:length].float()
-        q = query[row].float().view(KV_HEADS, -1, HEAD)
-        p = torch.softmax(torch.einsum("hgd,nhd->hgn", q, k) * scale, -1)
-        out[row] = torch.einsum("hgn,nhd->hgd", p, v).reshape(HEADS, HEAD)
-
-
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The adapter's patches as on a GPU; collects whose kernel was called."""
@@ -50,12 +43,13 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def theirs(**call: Any) -> None:
         called.append("theirs")
         if call["max_seqlen_q"] == 1:
-            rest = (call["block_table"], call["seqused_k"], call["softmax_scale"], call["out"])
-            attended(call["q"], call["k"], call["v"], *rest)
+            rest = (call["block_table"], call["seqused_k"], call["softmax_scale"])
+            call["out"].copy_(exact(call["q"], call["k"], call["v"], *rest))
 
     def attend(*args: Any) -> bool:
         called.append("ours")
-        attended(*args[:-1])
+        *given, out, _plan = args
+        out.copy_(exact(*given))
         return True
 
     monkeypatch.setattr(module, "flash_attn_varlen_func", theirs, raising=False)

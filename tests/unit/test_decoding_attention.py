@@ -58,21 +58,9 @@ def test_what_the_bench_compares_covers_every_context_and_has_what_is_taken() ->
 
 CASE = """
     import torch
+    from attention_reference import exact
     from rlpatch.decoding import attention
     from rlpatch.decoding.attention import Plan, attend
-
-    def exact(query, keys, values, table, lengths, scale):
-        page, kv_heads, head = keys.shape[1:]
-        out = torch.zeros_like(query, dtype=torch.float64)
-        for row, length in enumerate(lengths.tolist()):
-            if length:
-                pages = table[row, : -(-length // page)].long()
-                k = keys[pages].reshape(-1, kv_heads, head)[:length].double()
-                v = values[pages].reshape(-1, kv_heads, head)[:length].double()
-                q = query[row].double().view(kv_heads, -1, head)
-                p = torch.softmax(torch.einsum("hgd,nhd->hgn", q, k) * scale, -1)
-                out[row] = torch.einsum("hgn,nhd->hgd", p, v).reshape(-1, head)
-        return out
 
     torch.manual_seed(0)
     lengths = torch.tensor([0, 1, 15, 32, 33, 97, 128], dtype=torch.int32)
