@@ -27,6 +27,7 @@ from rlpatch.blocks import BlockLimit
 from rlpatch.compilation.build import Compilation
 from rlpatch.compilation.build import decide as decide_compilation
 from rlpatch.compilation.profiles import named
+from rlpatch.decoding.attention import launched
 from rlpatch.decoding.linear import CHOICES, Shape
 from rlpatch.engine import Engine
 from rlpatch.errors import StandbyError, UsageError
@@ -833,6 +834,7 @@ class Colocation:
             "compile": self.compilation.describe() if self.compilation is not None else None,
             "memory_plan": self.memory.as_dict() if self.memory is not None else None,
             "skinny_linear": CHOICES.describe(self.skinny) if self.skinny is not None else None,
+            "decode_attention": launched(),
             "agreement": self.agreement.describe(),
             "seconds": dict(self.seconds),
         }  # fmt: skip

@@ -17,6 +17,16 @@ def only_on_cpu() -> str | None:
     return None if on_cpu() else "the engine does not run on CPU"
 
 
+def no_triton_on_cuda() -> str | None:
+    """Relevance of adapters with kernels in Triton that were tried on CUDA alone."""
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    if not current_platform.is_cuda():
+        return "the engine does not run on CUDA"
+    return None if HAS_TRITON else "there is no Triton"
+
+
 def has(module: str) -> bool:
     """Whether `module` can be imported; its parents are, itself is not."""
     try:

@@ -7,9 +7,10 @@ is in use, and there are enough sequences to fill the device, ours computes it; 
 Everything else stays FlashAttention's: prompts, few sequences, windows, ALiBi, sinks, soft caps, quantized caches,
 cascades, decode context parallelism.
 
-A CUDA graph for batches of prompts and decodes together (``cudagraph_mode`` FULL, not the default) may be captured with
-single queries and replayed with longer ones, and dual batch overlap computes two batches at once: beside an engine with
-either FlashAttention's stays.
+It is for decode steps that are CUDA graphs of their own (``cudagraph_mode`` FULL_AND_PIECEWISE, the default, or
+FULL_DECODE_ONLY). A graph for batches of prompts and decodes together (FULL) may be captured with single queries and
+replayed with longer ones; without graphs the host waits for the launches; dual batch overlap computes two batches at once.
+Beside an engine with any of these FlashAttention's stays.
 
 Which kernel is taken depends on sizes alone, so that a run is repeated bit for bit. Batch invariance asks for one whatever
 the size: left alone.
@@ -22,6 +23,7 @@ import logging
 import weakref
 from typing import Any, cast
 
+from rlpatch.adapters.vllm._platform import no_triton_on_cuda
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
@@ -73,27 +75,26 @@ def _plain(call: dict[str, Any]) -> bool:
     )
 
 
-def _theirs_throughout() -> bool:
-    """Batch invariance, graphs in which a query may be a prompt's, or attention of two batches at once."""
+def _suitable() -> bool:
+    """Whether decode steps, and nothing else, are replayed as graphs, one at a time, by every engine that was seen."""
     from vllm import envs
     from vllm.config import CUDAGraphMode
 
-    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
-        return True
-    for config in (ref() for ref in _configs):
-        mode = config.compilation_config.cudagraph_mode if config is not None else None
-        if mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
-            return True
-        if config is not None and config.parallel_config.enable_dbo:
-            return True
-    return False
+    def suits(config: Any) -> bool:
+        mode = config.compilation_config.cudagraph_mode
+        if mode is None or config.parallel_config.enable_dbo:
+            return False
+        return bool(mode.decode_mode() == CUDAGraphMode.FULL != mode.mixed_mode())
+
+    configs = [config for ref in _configs if (config := ref()) is not None]
+    return not getattr(envs, "VLLM_BATCH_INVARIANT", False) and bool(configs) and all(map(suits, configs))
 
 
 def _decode(call: dict[str, Any]) -> bool:
     """Compute it, if it is ours."""
     from rlpatch.decoding.attention import attend, multiprocessors, plan
 
-    if not _plain(call) or _theirs_throughout():
+    if not _plain(call) or not _suitable():
         return False
     query, keys, table = call["q"], call["k"], call["block_table"]
     how = plan(
@@ -124,14 +125,13 @@ def _build(wrapped: Any, builder: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _relevant() -> str | None:
     from vllm.platforms import current_platform
-    from vllm.triton_utils import HAS_TRITON
 
-    if not current_platform.is_cuda():
-        return "the engine does not run on CUDA"
+    if (reason := no_triton_on_cuda()) is not None:
+        return reason
     capability = current_platform.get_device_capability()
     if capability is None or capability.major != 9:
         return "the GPU is none of Hopper's, which FlashAttention 3 and the kernel in its place are for"
-    return None if HAS_TRITON else "there is no Triton"
+    return None
 
 
 def _patches(context: Context) -> list[Patch]:
@@ -181,6 +181,7 @@ ADAPTER = Adapter(
         Relies("vllm.config:VllmConfig.compilation_config"),
         Relies("vllm.config:ParallelConfig.enable_dbo"),
         Relies("vllm.config:CompilationConfig.cudagraph_mode"),
+        Relies("vllm.config:CUDAGraphMode.decode_mode"),
         Relies("vllm.config:CUDAGraphMode.mixed_mode"),
         Relies("vllm.platforms.interface:Platform.get_device_capability"),
     ),

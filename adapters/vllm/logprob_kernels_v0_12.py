@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlpatch.adapters.vllm._platform import has
+from rlpatch.adapters.vllm._platform import has, no_triton_on_cuda
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
@@ -36,15 +36,6 @@ def _probe() -> str | None:
     return None if has(MODULE) else f"there is no {MODULE}"
 
 
-def _relevant() -> str | None:
-    from vllm.platforms import current_platform
-    from vllm.triton_utils import HAS_TRITON
-
-    if not current_platform.is_cuda():
-        return "the engine does not run on CUDA"
-    return None if HAS_TRITON else "there is no Triton"
-
-
 def _patches(context: Context) -> list[Patch]:
     return [Patch(MODULE, f"{kernel}.run", _run) for kernel in KERNELS]
 
@@ -55,7 +46,7 @@ ADAPTER = Adapter(
     versions=">=0.12,<0.34",
     module="vllm.entrypoints.llm",
     probe=_probe,
-    relevant=_relevant,
+    relevant=no_triton_on_cuda,
     patches=_patches,
     relies_on=(
         # any step serves: what lies behind a row's end is masked, and sums go on from step to step

@@ -21,6 +21,7 @@ import logging
 from functools import lru_cache
 from typing import Any
 
+from rlpatch.adapters.vllm._platform import no_triton_on_cuda
 from rlpatch.patching import Patch
 from rlpatch.registry import Adapter, Context
 from rlpatch.relies import Relies
@@ -97,13 +98,12 @@ def _load_model(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict
 
 def _relevant() -> str | None:
     from vllm.platforms import current_platform
-    from vllm.triton_utils import HAS_TRITON
 
-    if not current_platform.is_cuda():
-        return "the engine does not run on CUDA"
+    if (reason := no_triton_on_cuda()) is not None:
+        return reason
     if not current_platform.has_device_capability(_OLDEST):
         return f"the GPU's compute capability is below {_OLDEST / 10}"
-    return None if HAS_TRITON else "there is no Triton"
+    return None
 
 
 def _patches(context: Context) -> list[Patch]:

@@ -86,7 +86,13 @@ def multiprocessors(device: torch.device) -> int:
 
 _CELLS = 1 << 16  # sequences times KV heads
 _arrived: dict[torch.device, torch.Tensor] = {}  # never replaced: graphs hold their addresses
-_launched: set[Any] = set()
+_launched: dict[tuple[Any, ...], None] = {}  # in their order
+
+
+def launched() -> list[dict[str, Any]]:
+    """Plain data for ``status()``: the plans that this process has launched, none of them twice."""
+    plans = dict.fromkeys(how for how, *_ in _launched)
+    return [{"tile": how.tile, "stages": how.stages, "piece": how.piece, "pieces": how.pieces} for how in plans]
 
 
 def _counters(device: torch.device) -> torch.Tensor:
@@ -140,7 +146,7 @@ def attend(
         if kind not in _launched:
             return False
     else:
-        _launched.add(kind)
+        _launched[kind] = None
     partial = extremes = arrived = None
     if split:
         arrived = _counters(query.device)  # made before anything is captured: see above

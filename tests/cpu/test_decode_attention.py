@@ -21,6 +21,7 @@ from attention_reference import exact  # noqa: E402
 
 from rlpatch.adapters.vllm import decode_attention_v0_17 as adapter  # noqa: E402
 from rlpatch.decoding import attention  # noqa: E402
+from rlpatch.demo import tiny  # noqa: E402
 from rlpatch.patching import PatchSet  # noqa: E402
 from rlpatch.registry import Context  # noqa: E402
 from rlpatch.versions import installed, within  # noqa: E402
@@ -56,11 +57,38 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(attention, "attend", attend)
     monkeypatch.setattr(attention, "multiprocessors", lambda device: 16)
     monkeypatch.setattr(adapter, "_failed", False)
+    monkeypatch.setattr(adapter, "_configs", [])
     patches = PatchSet("as on a GPU", adapter.ADAPTER.patches(Context()))
     patches.apply()
     yield called
     patches.revert()
     assert module.flash_attn_varlen_func is theirs
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.write_model(tmp_path_factory.mktemp("model"), "qwen3"))
+
+
+@pytest.fixture
+def engine(checkpoint: str) -> Callable[..., Any]:
+    """The config of an engine whose backend vLLM has built; decode attention knows no more of one."""
+
+    def built(mode: str, dbo: bool = False) -> Any:
+        from vllm.config import CUDAGraphMode
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        config = EngineArgs(model=checkpoint, max_model_len=64, kv_cache_memory_bytes=1 << 26).create_engine_config()
+        config.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
+        config.parallel_config.enable_dbo = dbo
+        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=HEAD, dtype=torch.bfloat16)
+        builder = importlib.import_module(adapter.MODULE).FlashAttentionMetadataBuilder
+        for _ in range(2):  # groups of layers
+            builder(spec, [], config, torch.device("cpu"))
+        return config
+
+    return built
 
 
 @pytest.fixture
@@ -102,7 +130,10 @@ def forward() -> Callable[..., Any]:
     return step
 
 
-def test_a_decode_step_is_ours_and_the_rest_is_theirs(flash: list[str], forward: Callable[..., Any]) -> None:
+def test_a_decode_step_is_ours_and_the_rest_is_theirs(
+    flash: list[str], engine: Callable[..., Any], forward: Callable[..., Any]
+) -> None:
+    config = engine("FULL_AND_PIECEWISE")
     ours = forward()
     assert flash == ["ours"]
     assert torch.equal(forward(sequences=3)[:3], ours[:3])
@@ -122,6 +153,7 @@ def test_a_decode_step_is_ours_and_the_rest_is_theirs(flash: list[str], forward:
     flash.clear()
     forward(sliding_window=None)
     assert flash == ["ours"]
+    del config
 
 
 def test_options_that_nobody_here_knows_are_theirs(flash: list[str], forward: Callable[..., Any]) -> None:
@@ -148,44 +180,51 @@ def test_options_that_nobody_here_knows_are_theirs(flash: list[str], forward: Ca
     assert flash == ["theirs"]
 
 
-def test_batch_invariance_mixed_graphs_and_failures_leave_theirs(
+def test_engines_without_graphs_of_decodes_keep_theirs(
+    flash: list[str], engine: Callable[..., Any], forward: Callable[..., Any]
+) -> None:
+    forward()
+    assert flash == ["theirs"]  # an engine that nobody saw: apply() came late
+    for mode, dbo, expected in (
+        ("FULL_AND_PIECEWISE", False, "ours"),
+        ("FULL_DECODE_ONLY", False, "ours"),
+        ("FULL", False, "theirs"),  # prompts in the same graphs
+        ("PIECEWISE", False, "theirs"),
+        ("NONE", False, "theirs"),
+        ("FULL_AND_PIECEWISE", True, "theirs"),
+    ):
+        flash.clear()
+        config = engine(mode, dbo)
+        forward()
+        assert flash == [expected], mode
+        assert len([ref for ref in adapter._configs if ref() is not None]) == 1
+        del config  # its engine is gone
+        gc.collect()
+    flash.clear()
+    first, second = engine("FULL_DECODE_ONLY"), engine("FULL")
+    forward()
+    del second
+    gc.collect()
+    forward()
+    assert flash == ["theirs", "ours"]
+    del first
+
+
+def test_batch_invariance_and_failures_leave_theirs(
     flash: list[str],
+    engine: Callable[..., Any],
     forward: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     from vllm import envs
-    from vllm.config import CompilationConfig, CUDAGraphMode
 
+    config = engine("FULL_AND_PIECEWISE")
     ours = forward()
     with monkeypatch.context() as changed:
         changed.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
         forward()
     assert flash == ["ours", "theirs"]
-
-    class Engine:
-        def __init__(self, mode: str, dbo: bool) -> None:
-            self.compilation_config = CompilationConfig(cudagraph_mode=CUDAGraphMode[mode])
-            self.parallel_config = SimpleNamespace(enable_dbo=dbo)
-
-    adapter._configs.clear()
-    for mode, dbo, expected in (
-        ("FULL_AND_PIECEWISE", False, "ours"),
-        ("FULL_DECODE_ONLY", False, "ours"),
-        ("FULL", False, "theirs"),
-        ("NONE", True, "theirs"),
-    ):
-        flash.clear()
-        engine = Engine(mode, dbo)
-        for _ in range(2):  # groups of layers
-            adapter._build(lambda: None, SimpleNamespace(vllm_config=engine), (), {})
-        forward()
-        assert flash == [expected] and len(adapter._configs) == 1
-        del engine
-        gc.collect()
-    flash.clear()
-    forward()
-    assert flash == ["ours"]
 
     def broken(*args: Any) -> bool:
         raise RuntimeError("no such GPU")
@@ -193,5 +232,6 @@ def test_batch_invariance_mixed_graphs_and_failures_leave_theirs(
     monkeypatch.setattr(attention, "attend", broken)
     for _ in range(2):
         assert torch.equal(forward(), ours)
-    assert flash == ["ours", "theirs", "theirs"]
+    assert flash == ["ours", "theirs", "theirs", "theirs"]
     assert caplog.text.count("FlashAttention's kernel stays: RuntimeError('no such GPU')") == 1
+    del config

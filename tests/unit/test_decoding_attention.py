@@ -85,6 +85,7 @@ CASE = """
                 found = (out - exact(query, keys, values, table, lengths, scale)).abs().max()
                 assert found < 1e-3, (heads, how, found)  # a rounding of fp16
                 assert not any(left.any() for left in attention._arrived.values())
+    assert [plan["pieces"] for plan in attention.launched()] == [1, 4, 2]
     print("agreed")
 """
 
