@@ -11,7 +11,7 @@ import pytest
 from rlpatch.bench import host_profile
 from rlpatch.bench.memory_watch import Interval
 from rlpatch.bench.report import profile_lines
-from rlpatch.bench.step_profile import KINDS, OTHER, Event, busy, by_phase, kind_of
+from rlpatch.bench.step_profile import KINDS, OTHER, Event, StepProfile, busy, by_phase, kind_of
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,24 @@ def test_kernels_belong_to_the_innermost_phase_in_which_they_start() -> None:
     assert "a step of 10,000 ms" in text
     assert "a decode step: 1500.00 ms, the device at work for 1000.00; reading 3.00 GiB of weights at 3.30 TB/s" in text
     assert "takes 0.98" in text and "750.000 ms,    1.0 ×  gemm" in text
+
+
+def test_a_slow_mark_does_not_move_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    zeros, delays = torch.zeros, iter([0.2])
+
+    def slow_at_first(*arguments: object, **options: object) -> object:
+        time.sleep(next(delays, 0))
+        return zeros(*arguments, **options)
+
+    monkeypatch.setattr(torch, "zeros", slow_at_first)
+    profile = StepProfile(lambda: None)
+    one, other = torch.ones(256, 256), torch.ones(256, 256)
+    began = time.perf_counter()
+    torch.mm(one, other)
+    ended = time.perf_counter()
+    (product,) = [event for event in profile.events() if event.name == "aten::mm"]
+    assert began - 0.01 < product.start < product.end < ended + 0.01
 
 
 # ---- the host --------------------------------------------------------------------------------------------------------
