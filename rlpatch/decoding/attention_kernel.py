@@ -82,39 +82,60 @@ def decode_kernel(
         v = tl.load(values + places[:, None] + d[None, :], mask=there[:, None], other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
     places = out + sequence * out_sequence + rows * out_head + d[None, :]
-    if SPLIT:
-        if length > PIECE:
-            if begin < length:
-                cell = sequence * tl.num_programs(0) + head
-                slot = cell * tl.num_programs(2) + piece
-                offsets = g[:, None] * HEAD + d[None, :]
-                tl.store(partial + slot * GROUP * HEAD + offsets, acc, mask=mine)
-                tl.store(extremes + (slot * GROUP + g) * 2, top, mask=g < GROUP)
-                tl.store(extremes + (slot * GROUP + g) * 2 + 1, total, mask=g < GROUP)
-                tl.debug_barrier()  # every thread's part is stored before this one says so
-                pieces = tl.cdiv(length, PIECE)
-                if tl.atomic_add(arrived + cell, 1, sem="acq_rel") == pieces - 1:
-                    tl.store(arrived + cell, 0)
-                    top = tl.full((ROWS,), float("-inf"), tl.float32)
-                    total = tl.zeros((ROWS,), tl.float32)
-                    acc = tl.zeros((ROWS, HEAD), tl.float32)
-                    first = cell * tl.num_programs(2)
-                    for other in range(pieces):
-                        slot = first + other
-                        theirs = extremes + (slot * GROUP + g) * 2
-                        peak = tl.load(theirs, mask=g < GROUP, other=0.0, cache_modifier=".cg")
-                        weight = tl.load(theirs + 1, mask=g < GROUP, other=0.0, cache_modifier=".cg")
-                        sums = tl.load(
-                            partial + slot * GROUP * HEAD + offsets, mask=mine, other=0.0, cache_modifier=".cg"
-                        )
-                        higher = tl.maximum(top, peak)
-                        shrink = tl.exp2(top - higher)
-                        grow = tl.exp2(peak - higher)
-                        top = higher
-                        total = total * shrink + weight * grow
-                        acc = acc * shrink[:, None] + sums * grow[:, None]
-                    tl.store(places, (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty), mask=mine)
-        elif piece == 0:
-            tl.store(places, (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty), mask=mine)
-    else:
-        tl.store(places, (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty), mask=mine)
+    if not SPLIT:
+        _write(places, acc, total, mine)
+    elif length <= PIECE:
+        if piece == 0:
+            _write(places, acc, total, mine)
+    elif begin < length:
+        cell = sequence * tl.num_programs(0) + head
+        first = cell * tl.num_programs(2)
+        _leave(partial, extremes, first + piece, acc, top, total, GROUP, ROWS, HEAD)
+        tl.debug_barrier()  # every thread's part is stored before this one says so
+        pieces = tl.cdiv(length, PIECE)
+        if tl.atomic_add(arrived + cell, 1, sem="acq_rel") == pieces - 1:
+            tl.store(arrived + cell, 0)
+            acc, total = _together(partial, extremes, first, pieces, GROUP, ROWS, HEAD)
+            _write(places, acc, total, mine)
+
+
+@triton.jit
+def _write(places, acc, total, mask):
+    """The output of one program's query heads; zeros of those that attend to nothing."""
+    tl.store(places, (acc / tl.maximum(total, 1e-30)[:, None]).to(places.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _leave(partial, extremes, slot, acc, top, total, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """One piece's part, for `_together`."""
+    g = tl.arange(0, ROWS)
+    mine = g < GROUP
+    rows = slot * GROUP + g
+    tl.store(partial + rows[:, None] * HEAD + tl.arange(0, HEAD)[None, :], acc, mask=mine[:, None])
+    tl.store(extremes + rows * 2, top, mask=mine)
+    tl.store(extremes + rows * 2 + 1, total, mask=mine)
+
+
+@triton.jit
+def _together(partial, extremes, first, pieces, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """What the pieces from slot `first` on have left: the weighted values and the weights' sum."""
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, HEAD)
+    mine = g < GROUP
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, HEAD), tl.float32)
+    for piece in range(pieces):
+        rows = (first + piece) * GROUP + g
+        # not from this multiprocessor's own cache: others have written it
+        peak = tl.load(extremes + rows * 2, mask=mine, other=0.0, cache_modifier=".cg")
+        weight = tl.load(extremes + rows * 2 + 1, mask=mine, other=0.0, cache_modifier=".cg")
+        part = partial + rows[:, None] * HEAD + d[None, :]
+        sums = tl.load(part, mask=mine[:, None], other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, peak)
+        shrink = tl.exp2(top - higher)
+        grow = tl.exp2(peak - higher)
+        top = higher
+        total = total * shrink + weight * grow
+        acc = acc * shrink[:, None] + sums * grow[:, None]
+    return acc, total
