@@ -440,7 +440,7 @@ set_env =
 
 _TOX_KERNELS = """
 [testenv:kernels]
-description = the Triton kernels, in Triton's interpreter, with the newest pair's torch and vLLM
+description = the Triton kernels, in Triton's interpreter and through its compiler, with the newest pair's torch and vLLM
 set_env =
     {{[pair]set_env}}
     UV_OVERRIDE = {{tox_root}}{{/}}tests{{/}}overrides_kernels.txt
@@ -449,7 +449,9 @@ deps =
     triton
 commands = pytest {{posargs:{tests}}}
 """
-_KERNEL_TESTS = ("fold_kernel", "logprob_kernels", "decoding_linear", "decoding_attention")  # tests/unit/test_….py
+_KERNEL_TESTS = (  # tests/unit/test_….py
+    "fold_kernel", "logprob_kernels", "decoding_linear", "decoding_attention", "kernels_compile",
+)  # fmt: skip
 
 _TOX_PAIR = """
 [testenv:{name}]
