@@ -86,6 +86,7 @@ CASE = """
                 assert found < 1e-3, (heads, how, found)  # a rounding of fp16
                 assert not any(left.any() for left in attention._arrived.values())
     assert [plan["pieces"] for plan in attention.launched()] == [1, 4, 2]
+    assert len(attention._launched) == 3 * 2 * 3  # each layout is compiled for itself, and none while a graph is captured
     print("agreed")
 """
 
