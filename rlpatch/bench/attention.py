@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from rlpatch.bench.report import said
 from rlpatch.bench.shapes import SHAPES
 from rlpatch.decoding.attention import Plan, attend, multiprocessors, plan
 from rlpatch.decoding.clock import timed
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("FlashAttention 3 needs a GPU of Hopper's")
     sizes = SHAPES[options.shape]["num_attention_heads"], 8, 128
     result: dict[str, Any] = {
-        "command": "python -m rlpatch.bench.attention " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "command": "python -m rlpatch.bench.attention " + said(argv if argv is not None else sys.argv[1:]),
         "device": torch.cuda.get_device_name(),
         "versions": {name: str(installed(name)) for name in ("vllm", "torch", "triton")},
         "shape": options.shape,
