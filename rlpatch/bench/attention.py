@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlpatch.bench.report import said
+from rlpatch.bench.report import own_version, said, write_json
 from rlpatch.bench.shapes import SHAPES
 from rlpatch.decoding.attention import Plan, attend, multiprocessors, plan
 from rlpatch.decoding.clock import timed
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     result: dict[str, Any] = {
         "command": "python -m rlpatch.bench.attention " + said(argv if argv is not None else sys.argv[1:]),
         "device": torch.cuda.get_device_name(),
-        "versions": {name: str(installed(name)) for name in ("vllm", "torch", "triton")},
+        "versions": {"rlpatch": own_version(), **{name: str(installed(name)) for name in ("vllm", "torch", "triton")}},
         "shape": options.shape,
         "rows": [],
     }
@@ -167,8 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
         if options.out:
-            with open(options.out, "w") as file:
-                json.dump(result, file, indent=1)
+            write_json(result, Path(options.out))
     return 0
 
 

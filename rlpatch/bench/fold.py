@@ -10,15 +10,16 @@ and after ``--cycles`` cycles.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlpatch.bench.report import write_json
 from rlpatch.bench.shapes import SHAPES
 from rlpatch.lora.fold import ReversibleFold, checksum
 from rlpatch.lora.target import Product, Target
@@ -153,8 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
     }
     if options.out:
-        with open(options.out, "w") as file:
-            json.dump(result, file, indent=1)
+        write_json(result, Path(options.out))
     return 0 if all(row["bit_exact"] for row in rows) else 1
 
 

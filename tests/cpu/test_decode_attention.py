@@ -156,7 +156,10 @@ def test_a_decode_step_is_ours_and_the_rest_is_theirs(
     del config
 
 
-def test_options_that_nobody_here_knows_are_theirs(flash: list[str], forward: Callable[..., Any]) -> None:
+def test_options_that_nobody_here_knows_are_theirs(
+    flash: list[str], engine: Callable[..., Any], forward: Callable[..., Any]
+) -> None:
+    config = engine("FULL_AND_PIECEWISE")
     seen: list[dict[str, Any]] = []
     module = importlib.import_module(adapter.MODULE)
     real = module.flash_attn_varlen_func
@@ -177,7 +180,9 @@ def test_options_that_nobody_here_knows_are_theirs(flash: list[str], forward: Ca
     ):
         assert not adapter._plain({**call, **change}), change.keys()
     module.flash_attn_varlen_func(**{**call, "return_softmax_lse": True})
-    assert flash == ["theirs"]
+    module.flash_attn_varlen_func(**call)
+    assert flash == ["theirs", "ours"]
+    del config
 
 
 def test_engines_without_graphs_of_decodes_keep_theirs(
